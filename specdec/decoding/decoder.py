@@ -1,0 +1,336 @@
+"""The decode loop: one for every drafter, every verifier, every target, and for plain decoding.
+
+    propose -> verify -> accept -> commit -> observe -> stop test and advance -> one row of the trace
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.decoding.chat import Prompt, TextStream, encode
+from specdec.decoding.state import LENGTH, RECORD_FIELDS, DecodeState
+from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
+from specdec.drafter import Drafter
+from specdec.sampling import choose
+from specdec.target import Target
+from specdec.types import Acceptance, DraftTree, Sampling
+from specdec.verifier import Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen: temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"sampling.temperature={self.temperature} must be 0 (greedy) or above")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise ValueError(f"sampling.top_k={self.top_k} must be a whole number, 0 (off) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p={self.top_p} must be above 0 and at most 1 (off)")
+
+    def tensors(self, batch: int, device: torch.device) -> Sampling:
+        """The same values for every row; seeds and positions are set as requests begin."""
+        mode = "greedy" if self.temperature == 0 else "sampled" if self.top_k == 0 and self.top_p == 1 else "warped"
+        zeros = torch.zeros(batch, device=device)
+        return Sampling(
+            zeros + self.temperature, zeros.int() + self.top_k, zeros + self.top_p, zeros.long(), zeros.int(), mode
+        )
+
+
+def check_pair(drafter: Drafter, verifier: Verifier) -> None:
+    """ValueError where a verifier cannot judge what a drafter proposes: says what each needs and offers."""
+    names = type(drafter).__name__, type(verifier).__name__
+    if not verifier.supports_trees and drafter.depth != drafter.num_draft_tokens:
+        raise ValueError(
+            f"{names[1]} judges chains only, and {names[0]} proposes trees ({drafter.num_draft_tokens} drafts, depth "
+            f"{drafter.depth}): use verifier=target_only, rrs or traversal, or a drafter that proposes chains"
+        )
+    if verifier.law not in drafter.laws | {"any"} and "any" not in drafter.laws:
+        raise ValueError(
+            f"{names[1]} needs drafts of law {verifier.law!r}, and {names[0]} offers {sorted(drafter.laws)}: use "
+            "verifier=target_only or another drafter"
+        )
+
+
+class SpeculativeDecoder:
+    """A target, a drafter and a verifier in one loop. `generate` and `stream` are the whole use of it."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        verifier: Verifier,
+        sampling: SamplingParams | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        check_pair(drafter, verifier)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.target, self.drafter, self.verifier = target, drafter, verifier
+        self.sampling = sampling or SamplingParams()
+        self.batch_size = batch_size
+        self.state: DecodeState | None = None
+        self.record: Tensor | None = None  # what the last step did, on the device
+        self.marks = (0.0, 0.0, 0.0, 0.0)  # times at which its parts began and ended
+
+    @property
+    def tokenizer(self) -> Any:
+        """The target's, or None."""
+        return self.target.tokenizer
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> Acceptance:
+        """Propose, verify, accept, commit, observe, advance. Reads nothing on the host (but see `widest_row`)."""
+        state = self.state
+        assert state is not None, "generate starts the requests"
+        begin = perf_counter()
+        tree = self.drafter.propose(state.draft_inputs())
+        if tree.tokens.device.type == "cpu" and tree.tokens.shape[1] > 1:
+            tree = tree.trim(widest_row(tree))
+        proposed = perf_counter()
+        output = self.target.verify(tree)
+        verified = perf_counter()
+        acceptance = self.verifier.accept(tree, output.logits, state.sampling)
+        acceptance.num_accepted = torch.where(state.running, acceptance.num_accepted, -1)
+        self.target.commit(acceptance)
+        self.drafter.observe(tree, output, acceptance)
+        self.record = state.advance(tree, output, acceptance)
+        self.marks = (begin, proposed, verified, perf_counter())
+        return acceptance
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 256,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[int | str] = (),
+        ignore_eos: bool = False,
+    ) -> GenerationResult:
+        """Answer prompts: text (one user turn), chat messages, or token ids; one or a list of them.
+
+        More prompts than batch rows wait in a queue. `stop`: token ids, or strings that are one token, besides the model's
+        own. A seed (one for all, or one a prompt) gives the same tokens again, whatever shares the batch.
+        """
+        requests = self._requests(prompts, max_new_tokens, seed)
+        traces = [RequestTrace(len(request.ids)) for request in requests]
+        for _ in self._run(requests, traces, max_new_tokens, stop, ignore_eos):
+            pass
+        texts = [self._text(trace.tokens) for trace in traces]
+        return GenerationResult([trace.tokens for trace in traces], texts, Trace(traces))
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 256,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[int | str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Chunk]:
+        """`generate`, a chunk at a time as steps emit tokens."""
+        requests = self._requests(prompts, max_new_tokens, seed)
+        traces = [RequestTrace(len(request.ids)) for request in requests]
+        texts = [TextStream(self.tokenizer) for _ in requests]
+        for index, tokens in self._run(requests, traces, max_new_tokens, stop, ignore_eos):
+            finish = traces[index].finish
+            yield Chunk(index, tokens, texts[index].add(tokens, last=finish != ""), finish)
+
+    def _text(self, tokens: list[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, seed: int | Sequence[int]
+    ) -> list[_Request]:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        encoded = encode(self.tokenizer, prompts)
+        seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(encoded):
+            raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: give one seed, or one a prompt")
+        vocabulary = self.target.config.vocab_size
+        for ids in encoded:
+            bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+            if bad is not None:
+                raise ValueError(f"token id {bad} is outside the target's vocabulary of {vocabulary}: wrong tokenizer?")
+        return [_Request(i, ids, _noise_seed(s, ids)) for i, (ids, s) in enumerate(zip(encoded, seeds, strict=True))]
+
+    def _stop_ids(self, stop: Sequence[int | str], ignore_eos: bool) -> Tensor:
+        ids = [] if ignore_eos else list(self.target.config.eos_token_ids)
+        if not ignore_eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        for item in stop:
+            encoded = [item] if isinstance(item, int) else encode_stop(self.tokenizer, item)
+            ids += encoded
+        return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.target.lengths.device)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        requests: list[_Request],
+        traces: list[RequestTrace],
+        max_new_tokens: int,
+        stop: Sequence[int | str],
+        ignore_eos: bool,
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Run all requests; yields (request, tokens) as steps are read."""
+        nodes = self.drafter.num_draft_tokens + 1
+        batch = min(self.batch_size, len(requests))
+        max_len = max(len(request.ids) for request in requests) + max_new_tokens
+        self.target.allocate(batch, max_len, nodes, self.drafter.features)
+        self.drafter.setup(self.target, batch, max_len + nodes, self.verifier.law)
+        device = self.target.lengths.device
+        sampling = self.sampling.tensors(batch, device)
+        self.state = DecodeState.empty(batch, max_len + nodes, self._stop_ids(stop, ignore_eos), sampling)
+        waiting = deque(requests)
+        owner: list[int | None] = [None] * batch
+        reader = _Reader(late=device.type == "cuda")
+        while True:
+            free = [row for row in range(batch) if owner[row] is None]
+            if waiting and free:
+                yield from self._begin(waiting, free, owner, traces, max_new_tokens)
+                continue
+            if all(index is None for index in owner):
+                return
+            self.step()
+            assert self.record is not None
+            done = reader.swap(self.record, self.marks, list(owner))
+            if done is not None:
+                yield from _note_step(*done, owner, traces)
+
+    def _begin(
+        self, waiting: deque[_Request], free: list[int], owner: list[int | None], traces: list[RequestTrace], new: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Prefill waiting requests into free rows, and choose their first tokens."""
+        state = self.state
+        assert state is not None
+        taken = {row: waiting.popleft() for row in free[: len(waiting)]}
+        batch, device = len(owner), state.tokens.device
+        begin = perf_counter()
+        width = max(len(request.ids) for request in taken.values())
+        prompts = torch.zeros(batch, width, dtype=torch.int64)
+        lengths = torch.zeros(batch, dtype=torch.int32)
+        seeds = torch.zeros(batch, dtype=torch.int64)
+        for row, request in taken.items():
+            prompts[row, : len(request.ids)] = torch.tensor(request.ids)
+            lengths[row], seeds[row] = len(request.ids), request.seed
+        rows = (lengths > 0).to(device)
+        prompts = prompts.to(device)
+        state.begin(rows, prompts, lengths.to(device), (lengths + new).to(device), seeds.to(device))
+        output = self.target.prefill(prompts, lengths)
+        position = state.lengths[:, None] - 1
+        roots = choose(output.logits, state.sampling, position)[:, 0]
+        record = state.set_roots(rows, roots, output.features).tolist()
+        state.max_new = max(width, state.max_new)
+        seconds = perf_counter() - begin
+        for row, request in taken.items():
+            trace = traces[request.index]
+            trace.prefill_seconds = seconds / len(taken)
+            trace.tokens.append(record[row][RECORD_FIELDS])
+            if record[row][4]:
+                trace.finish = _finish(record[row][4])
+            else:
+                owner[row] = request.index
+            yield request.index, [record[row][RECORD_FIELDS]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    index: int
+    ids: list[int]
+    seed: int  # of the noise
+
+
+class _Reader:
+    """Brings a step's record to the host: at once on the CPU, one step late where the device runs ahead."""
+
+    def __init__(self, late: bool) -> None:
+        self._late = late
+        self._pending: tuple[Any, ...] | None = None
+        self._last = perf_counter()
+
+    def swap(
+        self, record: Tensor, marks: tuple[float, ...], owner: list[int | None]
+    ) -> tuple[list[list[int]], list[float], list[int | None]] | None:
+        if not self._late:
+            rows = record.tolist()
+            parts = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+            return rows, [perf_counter() - marks[0], *parts], owner
+        host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
+        host.copy_(record, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        previous, self._pending = self._pending, (host, event, owner)
+        if previous is None:
+            return None
+        previous[1].synchronize()
+        now = perf_counter()
+        seconds, self._last = now - self._last, now
+        return previous[0].tolist(), [seconds, *[float("nan")] * 3], previous[2]
+
+
+def _note_step(
+    rows: list[list[int]],
+    seconds: list[float],
+    ran: list[int | None],
+    owner: list[int | None],
+    traces: list[RequestTrace],
+) -> Iterator[tuple[int, list[int]]]:
+    """Write one step into the traces of the requests that ran in it, and free the rows that ended."""
+    active = [row for row, index in enumerate(ran) if index is not None and rows[row][2] >= 0]
+    shares = [value / max(len(active), 1) for value in seconds]
+    for row in active:
+        index = ran[row]
+        assert index is not None
+        nodes, depth, accepted, emitted, finished, *tokens = rows[row]
+        trace = traces[index]
+        trace.num_nodes.append(nodes)
+        trace.draft_depth.append(depth)
+        trace.num_accepted.append(accepted)
+        trace.num_emitted.append(emitted)
+        trace.step_seconds.append(shares[0])
+        trace.propose_seconds.append(shares[1])
+        trace.verify_seconds.append(shares[2])
+        trace.accept_seconds.append(shares[3])
+        trace.tokens += tokens[:emitted]
+        if finished:
+            trace.finish = _finish(finished)
+            owner[row] = None
+        yield index, tokens[:emitted]
+
+
+def _finish(code: int) -> str:
+    return "length" if code == LENGTH else "stop"
+
+
+def _noise_seed(seed: int, ids: list[int]) -> int:
+    """Seed of a request's noise: differs between prompts, not between batches."""
+    return (seed << 32 ^ zlib.crc32(repr(ids).encode())) & 0x7FFFFFFFFFFFFFFF
+
+
+def widest_row(tree: DraftTree) -> int:
+    """Nodes of the fullest row: the loop's one host read, on the CPU only, where a node more costs time."""
+    return int(tree.num_nodes.max())
+
+
+def encode_stop(tokenizer: Any, text: str) -> list[int]:
+    """The one token a stop string is, or a ValueError."""
+    ids = [] if tokenizer is None else tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(f"the stop string {text!r} is {len(ids)} tokens, not 1: stop on a token id")
+    return list(ids)

@@ -1,0 +1,104 @@
+"""The loop's bookkeeping on the device: committed tokens, lengths, who runs, and the stop test. No host reads.
+
+Shapes: B rows, L token buffer, D tree depth, F features, E = D + 1 tokens a step can emit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.types import Acceptance, DraftInputs, DraftTree, ModelOutput, Sampling
+
+RECORD_FIELDS = 5  # num_nodes, draft_depth, num_accepted, num_emitted, finished; then the emitted tokens
+LENGTH, STOP = 1, 2
+
+
+@dataclass(slots=True)
+class DecodeState:
+    """Static buffers of one batch. A row that does not run keeps its length; nothing of it advances."""
+
+    tokens: Tensor  # int64 [B, L]  committed tokens, then the root, then garbage
+    lengths: Tensor  # int32 [B]  root included
+    running: Tensor  # bool [B]
+    limits: Tensor  # int32 [B]  length at which a row ends
+    stop_ids: Tensor  # int64 [S]
+    sampling: Sampling
+    num_new: Tensor  # int32 [B]
+    max_new: int
+    features: Tensor | None  # [B, max_new, F]
+
+    @classmethod
+    def empty(cls, batch: int, max_len: int, stop_ids: Tensor, sampling: Sampling) -> DecodeState:
+        """Nothing runs yet. max_len: longest row, with room for a whole tree behind it."""
+        device = stop_ids.device
+        zeros = torch.zeros(batch, dtype=torch.int32, device=device)
+        tokens = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
+        return cls(tokens, zeros + 1, zeros.bool(), zeros + max_len, stop_ids, sampling, zeros, 0, None)
+
+    def begin(self, rows: Tensor, prompts: Tensor, lengths: Tensor, limits: Tensor, seeds: Tensor) -> None:
+        """Put prompts int64 [B, P] of `lengths` [B] into the rows bool [B]; their roots follow with `set_roots`."""
+        width = prompts.shape[1]
+        self.tokens[:, :width] = torch.where(rows[:, None], prompts, self.tokens[:, :width])
+        self.lengths = torch.where(rows, lengths + 1, self.lengths)
+        self.limits = torch.where(rows, limits, self.limits)
+        self.sampling.seed = torch.where(rows, seeds, self.sampling.seed)
+        self.sampling.position = self.lengths - 1
+
+    def set_roots(self, rows: Tensor, roots: Tensor, features: Tensor | None) -> Tensor:
+        """Start the rows from the token that prefill gave. Returns their record [B, 6], like `advance`."""
+        index = (self.lengths - 1).long()[:, None]
+        self.tokens.scatter_(1, index, torch.where(rows[:, None], roots[:, None], self.tokens.gather(1, index)))
+        stopped = torch.isin(roots, self.stop_ids)
+        ended = rows & (stopped | (self.lengths >= self.limits))
+        self.running = torch.where(rows, ~ended, self.running)
+        self.sampling.position = self.lengths
+        if features is not None:
+            self.features = self._joined(rows, features)
+        self.num_new = torch.where(rows, self.lengths - 1, self.num_new)
+        finished = ended * torch.where(stopped, STOP, LENGTH)
+        zero = torch.zeros_like(roots)
+        return torch.stack([zero, zero, zero - 1, rows.long(), finished, roots], 1)
+
+    def _joined(self, rows: Tensor, features: Tensor) -> Tensor:
+        """Prompt features [B, P, F] for the rows that begin, the last step's for the others."""
+        if self.features is None:
+            return features
+        width = max(features.shape[1], self.features.shape[1])
+        both = [torch.nn.functional.pad(f, (0, 0, 0, width - f.shape[1])) for f in (features, self.features)]
+        return torch.where(rows[:, None, None], *both)
+
+    def draft_inputs(self) -> DraftInputs:
+        return DraftInputs(self.tokens, self.lengths, self.num_new, self.max_new, self.features, self.sampling)
+
+    def advance(self, tree: DraftTree, output: ModelOutput, acceptance: Acceptance) -> Tensor:
+        """Append what the step emitted, up to a stop token or the limit. Returns the record int64 [B, 5 + E]."""
+        path, accepted = acceptance.path.long(), acceptance.num_accepted
+        steps = path.shape[1]
+        column = torch.arange(steps, device=path.device)
+        following = tree.tokens.gather(1, path).roll(-1, 1)
+        emitted = torch.where(column < accepted[:, None], following, acceptance.next_token[:, None])
+        # a running row emits at least one token: its limit is not reached yet
+        count = torch.minimum(accepted + 1, self.limits - self.lengths)
+        stops = torch.isin(emitted, self.stop_ids) & (column < count[:, None])
+        first_stop = torch.where(stops, column, steps).amin(1)
+        stopped = first_stop < count
+        count = torch.where(self.running, torch.minimum(count, first_stop + 1), 0).to(torch.int32)
+        self.tokens.scatter_(1, (self.lengths[:, None] + column).long(), emitted)
+        self.lengths = self.lengths + count
+        ended = self.running & (stopped | (self.lengths >= self.limits))
+        finished = ended * torch.where(stopped, STOP, LENGTH)
+        if tree.is_chain:
+            depth = tree.num_nodes - 1
+        else:
+            real = torch.arange(tree.tokens.shape[1], device=path.device) < tree.num_nodes[:, None]
+            depth = torch.where(real, tree.node_depths(), 0).amax(1)
+        record = torch.cat([torch.stack([tree.num_nodes, depth, accepted, count, finished], 1), emitted], 1)
+        if output.features is not None:
+            self.features = output.features.gather(1, path[:, :, None].expand(-1, -1, output.features.shape[2]))
+        self.num_new, self.max_new = count, steps
+        self.running = self.running & ~ended
+        self.sampling.position = self.lengths
+        return record

@@ -1,0 +1,31 @@
+"""The drafter interface: what proposes tokens. One file and one YAML per drafter; nothing else learns its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from specdec.types import Acceptance, DraftInputs, DraftTree, Law, ModelOutput
+
+__all__ = ["Drafter"]
+
+
+class Drafter(ABC):
+    """Proposes a `DraftTree` after every step. Attributes declare needs; the loop asks for these, never for a name."""
+
+    num_draft_tokens: int  # static; the tree has one node more, the root
+    depth: int  # static
+    features: Sequence[int | str] = ()  # target layers to tap: 0-based ids (residual stream after it) or "hidden"
+    laws: frozenset[Law] = frozenset({"any"})  # "any": deterministic drafts; "iid" / "distinct": drawn, with probs
+    graphable: bool = True  # False: reads tensors on the host, runs outside a CUDA graph
+
+    def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
+        """Called once before decoding: share the target's weights, allocate, learn which law the verifier wants."""
+
+    @abstractmethod
+    def propose(self, inputs: DraftInputs) -> DraftTree:
+        """Propose at most `num_draft_tokens` tokens behind every row's root."""
+
+    def observe(self, tree: DraftTree, output: ModelOutput, acceptance: Acceptance) -> None:
+        """See what the target said of the tree (rows with num_accepted = -1 do not run)."""

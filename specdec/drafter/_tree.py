@@ -1,0 +1,148 @@
+"""Static tree shapes, and drafting over them level by level with an autoregressive model.
+
+Shapes: B rows, N nodes with the root, n nodes of one level, c children drawn at a node, D depth, V vocabulary.
+A shape is a list of child-index paths (Medusa, 2401.10774): (0, 2) is the third choice after the root's first choice.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from specdec.sampling import STREAM_DRAFT, argmax, gumbel, warp
+from specdec.types import DraftTree, Law, ModelInputs, Sampling
+
+__all__ = ["TreeShape", "draft_tree", "likely_paths", "regular_paths"]
+
+Path = tuple[int, ...]
+
+
+def regular_paths(num_children: Sequence[int]) -> list[Path]:
+    """Every node of depth d has num_children[d] children: (1, 1, 1) is a chain, (3, 2) SpecInfer's <3, 2>."""
+    return [path for d in range(len(num_children)) for path in product(*map(range, num_children[: d + 1]))]
+
+
+def likely_paths(num_draft_tokens: int, top_k: int, max_depth: int, rank_prob: Callable[[int], float]) -> list[Path]:
+    """The paths most likely to be accepted when the r-th choice is right with rank_prob(r) at every node.
+
+    rank_prob must fall with r; then best-first search is optimal (Sequoia, 2402.12374, for one vector at all depths).
+    """
+    paths: list[Path] = []
+    queue: list[tuple[float, Path]] = [(-rank_prob(0), (0,))]
+    while queue and len(paths) < num_draft_tokens:
+        cost, path = heapq.heappop(queue)
+        paths.append(path)
+        if len(path) < max_depth:
+            heapq.heappush(queue, (cost * rank_prob(0), (*path, 0)))
+        if path[-1] + 1 < top_k:
+            heapq.heappush(queue, (cost / rank_prob(path[-1]) * rank_prob(path[-1] + 1), (*path[:-1], path[-1] + 1)))
+    return paths
+
+
+class TreeShape:
+    """Nodes in level order, the root first; per level, where the parents stand and which of their choices are taken.
+
+    Every node's children must be its first choices without a gap: a law without replacement is judged in draw order.
+    """
+
+    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
+        nodes: list[Path] = [(), *sorted({tuple(path) for path in paths} - {()}, key=lambda path: (len(path), path))]
+        index = {path: i for i, path in enumerate(nodes)}
+        for path in nodes[1:]:
+            needed = path[:-1] if path[-1] == 0 else (*path[:-1], path[-1] - 1)
+            if needed not in index:
+                raise ValueError(f"tree path {list(path)} needs {list(needed)} in the tree as well; add it")
+        self.num_nodes = len(nodes)
+        self.depth = len(nodes[-1])
+        self.parents = torch.tensor([-1, *(index[path[:-1]] for path in nodes[1:])], dtype=torch.int32)
+        self.starts = [next(i for i, path in enumerate(nodes) if len(path) == d) for d in range(self.depth + 1)]
+        self.num_choices = [max(p[-1] for p in nodes if len(p) == d) + 1 for d in range(1, self.depth + 1)]
+        self.parent_at: list[Tensor] = []  # per level from 1: the parent's place within the level above, int64 [n]
+        self.ranks: list[Tensor] = []  # per level from 1: which of its parent's choices a node is, int64 [n]
+        self.slots: list[Tensor] = []  # per level from 0: nodes from the root to the node itself, int32 [n, d+1]
+        for d in range(self.depth + 1):
+            level = [path for path in nodes if len(path) == d]
+            self.slots.append(torch.tensor([[index[p[:j]] for j in range(d + 1)] for p in level], dtype=torch.int32))
+            if d:
+                parent_at = torch.tensor([index[path[:-1]] - self.starts[d - 1] for path in level])
+                self.parent_at.append(parent_at)
+                self.ranks.append(torch.tensor([path[-1] for path in level]))
+
+    def to(self, device: torch.device) -> TreeShape:
+        """Move the index tensors, in place."""
+        self.parents = self.parents.to(device)
+        for name in ("parent_at", "ranks", "slots"):
+            setattr(self, name, [tensor.to(device) for tensor in getattr(self, name)])
+        return self
+
+    def take(self, choices: Tensor, d: int) -> Tensor:
+        """The tokens of level d + 1 from the choices of all nodes of level d. [B, n, c] -> [B, n']."""
+        return choices[:, self.parent_at[d], self.ranks[d]]
+
+    def tree(self, tokens: Tensor, num_nodes: Tensor | None = None, probs: Tensor | None = None) -> DraftTree:
+        """Dress the shape with tokens [B, N]; num_nodes int32 [B], all nodes when left out."""
+        batch = tokens.shape[0]
+        if num_nodes is None:
+            num_nodes = torch.full((batch,), self.num_nodes, dtype=torch.int32, device=tokens.device)
+        return DraftTree(tokens, self.parents.expand(batch, -1), num_nodes, self.depth, probs)
+
+
+def draft_tree(
+    forward: Callable[[ModelInputs], Tensor],
+    shape: TreeShape,
+    root: Tensor,
+    prefix_lens: Tensor,
+    sampling: Sampling,
+    law: Law,
+    root_logits: Tensor | None = None,
+) -> DraftTree:
+    """Draft level by level; node i keeps its K/V in slot prefix + i. root [B], prefix_lens [B] -> tree of `shape`.
+
+    forward: logits [B, n, V] of one level. root_logits [B, 1, V]: given when the root has been run already.
+    Greedy rows need no draws, so a greedy batch gets deterministic drafts (probs None) under every law.
+    """
+    if sampling.mode == "greedy":
+        law = "any"
+    tokens, probs = [root[:, None]], []
+    for d in range(shape.depth):
+        if d == 0 and root_logits is not None:
+            logits = root_logits
+        else:
+            slots = shape.slots[d].expand(root.shape[0], -1, -1)
+            positions = (prefix_lens[:, None] + d).expand(slots.shape[:2])
+            logits = forward(ModelInputs(tokens[-1], positions, prefix_lens, slots, shape.starts[d]))
+        if law != "any":
+            logits = warp(logits, sampling)
+            probs.append(logits.softmax(-1))
+        tokens.append(_children(logits, shape, d, sampling, law))
+    leaves = shape.num_nodes - sum(level.shape[1] for level in probs)
+    if probs:  # nothing hangs on the last level: its rows are never read
+        probs.append(probs[-1][:, -1:].expand(-1, leaves, -1))
+    return shape.tree(torch.cat(tokens, 1), probs=torch.cat(probs, 1) if probs else None)
+
+
+def _children(logits: Tensor, shape: TreeShape, d: int, sampling: Sampling, law: Law) -> Tensor:
+    """Tokens of level d + 1 given their parents' logits, warped unless law is "any". [B, n, V] -> int64 [B, n'].
+
+    Noise is hashed from position and node, so that draws at different nodes are independent: "iid" from the child's
+    own index, "distinct" from its parent's (Gumbel top-k = sampling without replacement in draw order; 1903.06059).
+    """
+    if law == "iid":
+        logits = logits[:, shape.parent_at[d]]
+        return argmax(logits + _noise(logits, sampling, d, shape.starts[d + 1]))
+    if law == "distinct":
+        logits = logits + _noise(logits, sampling, d, shape.starts[d])
+    count = shape.num_choices[d]
+    choices = argmax(logits)[..., None] if count == 1 else logits.topk(count, dim=-1).indices
+    return shape.take(choices, d)
+
+
+def _noise(logits: Tensor, sampling: Sampling, d: int, first_node: int) -> Tensor:
+    """Gumbel noise for draws at depth d + 1, a row for each node from first_node on. f32, shaped like logits."""
+    node = torch.arange(first_node, first_node + logits.shape[1], device=logits.device)
+    position = sampling.position[:, None].long() + d + (node << 20)
+    return gumbel(sampling.seed[:, None], position, STREAM_DRAFT, logits.shape[-1])

@@ -1,0 +1,47 @@
+"""Self-speculation by early exit (LayerSkip 2404.16710; Draft & Verify 2309.08168): the target's first layers draft.
+
+Shapes: B rows, n nodes of one level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from specdec.drafter import Drafter
+from specdec.drafter._tree import TreeShape, draft_tree, regular_paths
+from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
+
+__all__ = ["LayerSkip"]
+
+
+class LayerSkip(Drafter):
+    """Drafts with the target's first exit_layer layers, its final norm and its head, in the target's own cache.
+
+    No weights and no cache of its own: K/V of drafts stand behind the prefix, where the verification overwrites them.
+    """
+
+    laws: frozenset[Law] = frozenset({"any", "iid", "distinct"})
+
+    def __init__(self, exit_layer: int, num_draft_tokens: int = 4, num_children: Sequence[int] | None = None) -> None:
+        self._shape = TreeShape(regular_paths([1] * num_draft_tokens if num_children is None else num_children))
+        self.exit_layer = exit_layer
+        self.num_draft_tokens = self._shape.num_nodes - 1
+        self.depth = self._shape.depth
+
+    def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
+        num_layers = target.config.num_hidden_layers
+        if not 0 < self.exit_layer < num_layers:
+            raise ValueError(f"exit_layer={self.exit_layer}: choose 1 to {num_layers - 1}, the target has {num_layers}")
+        self._target, self._law = target, law
+        self._shape.to(target.lengths.device)
+
+    def propose(self, inputs: DraftInputs) -> DraftTree:
+        prefix_lens = inputs.lengths - 1
+        return draft_tree(self._forward, self._shape, inputs.root, prefix_lens, inputs.sampling, self._law)
+
+    def _forward(self, inputs: ModelInputs) -> Tensor:
+        logits: Tensor = self._target.forward(inputs, layers=self.exit_layer).logits
+        return logits

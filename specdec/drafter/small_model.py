@@ -1,0 +1,94 @@
+"""Speculative decoding with a second, smaller model (2211.17192, 2302.01318) that keeps its own cache.
+
+Shapes: B rows, n nodes of one level, W window of recent tokens, C chunk of the prompt, D depth, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.drafter import Drafter
+from specdec.drafter._tree import TreeShape, draft_tree, regular_paths
+from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
+
+__all__ = ["SmallModel"]
+
+
+class SmallModel(Drafter):
+    """Drafts a chain or tree with any model that has the target's allocate and forward, and the target's vocabulary.
+
+    The row's committed length says what the cache holds, so no state of its own can run out of step: a step re-runs
+    the last W = D + 2 tokens, at most D + 1 of them new, and a rejected draft is simply overwritten.
+    """
+
+    laws: frozenset[Law] = frozenset({"any", "iid", "distinct"})
+
+    def __init__(
+        self,
+        model: Any,
+        num_draft_tokens: int = 4,
+        num_children: Sequence[int] | None = None,
+        prefill_chunk: int = 256,
+    ) -> None:
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
+        self._shape = TreeShape(regular_paths([1] * num_draft_tokens if num_children is None else num_children))
+        self.model = model
+        self.prefill_chunk = prefill_chunk
+        self.num_draft_tokens = self._shape.num_nodes - 1
+        self.depth = self._shape.depth
+
+    def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
+        _check_vocabularies(self.model, target)
+        self._law = law
+        self.model.allocate(batch_size, max_len, max(self._shape.num_nodes, self.depth + 2), ())
+        self._shape.to(target.lengths.device)
+
+    def propose(self, inputs: DraftInputs) -> DraftTree:
+        window = self.depth + 2
+        if inputs.max_new >= window:  # some row begins a request; the loop's steady bound is depth + 1
+            self._prefill(inputs)
+        start = (inputs.lengths - window).clamp(min=0)
+        logits = self._run(inputs, start, window)
+        root_at = (inputs.lengths - 1 - start).long()[:, None, None]
+        root_logits = logits.gather(1, root_at.expand(-1, -1, logits.shape[-1]))
+        return draft_tree(
+            self._forward, self._shape, inputs.root, inputs.lengths - 1, inputs.sampling, self._law, root_logits
+        )
+
+    def _prefill(self, inputs: DraftInputs) -> None:
+        """Run each row's last max_new committed tokens; a row that runs on repeats tokens its cache already holds.
+
+        Starting at the same distance from every row's end keeps all writes inside the cache.
+        """
+        start = (inputs.lengths - 1 - inputs.max_new).clamp(min=0)
+        for first in range(0, inputs.max_new, self.prefill_chunk):
+            self._run(inputs, start + first, min(self.prefill_chunk, inputs.max_new - first))
+
+    def _run(self, inputs: DraftInputs, start: Tensor, count: int) -> Tensor:
+        """Logits of `count` tokens from start [B] on; behind a row's end the root stands in, to be overwritten."""
+        positions = start[:, None] + torch.arange(count, dtype=start.dtype, device=start.device)
+        tokens = inputs.tokens.gather(1, torch.minimum(positions, inputs.lengths[:, None] - 1).long())
+        return self._forward(ModelInputs(tokens, positions, start))
+
+    def _forward(self, inputs: ModelInputs) -> Tensor:
+        logits: Tensor = self.model.forward(inputs).logits
+        return logits
+
+
+def _check_vocabularies(model: Any, target: Any) -> None:
+    """Raise ValueError unless token ids mean the same to both models."""
+    sizes = model.config.vocab_size, target.config.vocab_size
+    remedy = "choose a draft model of the target's family"
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the draft model has {sizes[0]} token ids, the target {sizes[1]}; {remedy}")
+    tokenizers = getattr(model, "tokenizer", None), getattr(target, "tokenizer", None)
+    if None not in tokenizers:
+        vocabs = [tokenizer.get_vocab() for tokenizer in tokenizers if tokenizer is not None]
+        if vocabs[0] != vocabs[1]:
+            differing = len(vocabs[0].items() ^ vocabs[1].items())
+            raise ValueError(f"the draft model's and the target's tokenizers differ in {differing} entries; {remedy}")

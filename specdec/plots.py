@@ -1,0 +1,155 @@
+"""Figures of a run. Each draws into `ax` or into a new figure and returns the figure; no pyplot, no display needed.
+
+Colours are Okabe and Ito's, told apart by most colour-blind readers; markers repeat what the colour says.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from specdec.metrics import ALL, BASELINE, METHOD, acceptance_by_position, breakdown, method_labels, steps
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+PARTS = {"propose": "#E69F00", "verify": "#0072B2", "accept": "#CC79A7", "host": "#BBBBBB"}
+FEW = 30  # drafts; below that a rate is drawn hollow
+
+
+def new_axes(width: float = 7, height: float = 4) -> Axes:
+    """The one axes of a new figure, in inches."""
+    return Figure(figsize=(width, height), layout="constrained", dpi=120).subplots()
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def _clean(ax: Axes, title: str, grid: str) -> None:
+    """No frame, a faint grid, the title at the left."""
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="x" if grid == "x" else "y", color="#DDDDDD", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=9)
+
+
+def _legend(ax: Axes) -> None:
+    """The legend beside the axes, where no mark of it can be taken for a measurement."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.2)
+
+
+def _styles(table: pd.DataFrame, baseline: str) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of every method but the baseline, by label, in the table's order."""
+    labels = method_labels(table)[table["drafter"] != baseline].unique()
+    return {label: (COLOURS[i % 7], MARKERS[i % 7]) for i, label in enumerate(labels)}
+
+
+def _labelled(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """A table indexed or keyed by METHOD, with the lossless flag and the method's label."""
+    lossless = frame.groupby(METHOD, sort=False)["lossless"].all().reset_index()
+    table = lossless.merge(table, on=METHOD)  # methods in the order of the trace
+    return table.assign(label=method_labels(table))
+
+
+def plot_speedup(summary: pd.DataFrame, ax: Axes | None = None, baseline: str = BASELINE) -> Figure:
+    """Speed-up over no drafting by task: a point and its 95% interval per method, "all" set apart below."""
+    tasks = list(summary["task"].unique())
+    tasks = tasks[:1] if len(tasks) == 2 else tasks  # of one task, "all" would repeat it
+    summary = summary[summary["task"].isin(tasks)]
+    styles = _styles(summary, baseline)
+    pitch = 0.8 / max(len(styles), 1)
+    if ax is None:
+        ax = new_axes(8, 1.6 + len(tasks) * max(0.5, 0.18 * len(styles)))
+    labels = method_labels(summary)
+    for number, (label, (colour, marker)) in enumerate(styles.items()):
+        rows = summary[labels == label].dropna(subset="speedup")
+        y = np.array([tasks.index(task) for task in rows["task"]]) + (number - (len(styles) - 1) / 2) * pitch
+        low, high = rows["speedup_low"].fillna(rows["speedup"]), rows["speedup_high"].fillna(rows["speedup"])
+        ax.hlines(y, low, high, color=colour, linewidth=2)
+        ax.plot(rows["speedup"], y, marker, color=colour, markersize=6, label=label)
+    if ALL in tasks:
+        ax.axhline(tasks.index(ALL) - 0.5, color="#888888", linewidth=0.7)
+    ax.axvline(1, color="black", linewidth=1, linestyle="--")
+    ax.set_yticks(range(len(tasks)), [f"{task} (n={_prompts(summary, task)})" for task in tasks])
+    ax.set_ylim(len(tasks) - 0.5, -0.5)
+    ax.set_xlabel("decode tokens/s relative to no drafting (dashed line = 1), with 95% interval over requests")
+    _clean(ax, "Speed-up by task", "x")
+    _legend(ax)
+    return _figure(ax)
+
+
+def _prompts(summary: pd.DataFrame, task: str) -> str:
+    """The number of prompts behind a task's points, or its range when methods differ."""
+    prompts = summary.loc[summary["task"] == task, "prompts"]
+    return f"{prompts.min()}" if prompts.nunique() == 1 else f"{prompts.min()}–{prompts.max()}"
+
+
+def plot_acceptance(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> Figure:
+    """Acceptance rate alpha by draft position of one task (all: pooled); hollow where under 30 drafts were judged."""
+    ax = ax or new_axes()
+    table = _labelled(acceptance_by_position(frame), frame)
+    styles = _styles(table, BASELINE)
+    table = table[table["task"] == task]
+    for label, (colour, marker) in styles.items():
+        rows = table[table["label"] == label]
+        few = rows["reached"] < FEW
+        ax.plot(rows["position"], rows["rate"], color=colour, linewidth=1.5)
+        ax.plot(rows["position"][~few], rows["rate"][~few], marker, color=colour, label=label)
+        ax.plot(rows["position"][few], rows["rate"][few], marker, color=colour, markerfacecolor="white")
+    ax.set_ylim(0, 1.02)
+    ax.set_xticks(sorted(table["position"].unique()))
+    ax.set_xlabel(f"position in the draft (hollow: under {FEW} drafts judged)")
+    ax.set_ylabel("accepted, given all before were")
+    _clean(ax, "Acceptance rate by position" + ("" if task == ALL else f", {task}"), "y")
+    _legend(ax)
+    return _figure(ax)
+
+
+def plot_steps(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> Figure:
+    """Histogram: the share of decode steps that accepted 0, 1, 2, ... drafts, a bar per method."""
+    ax = ax or new_axes()
+    long = steps(frame if task == ALL else frame[frame["task"] == task])
+    counts = long.groupby([*METHOD, "num_accepted"], sort=False).size().rename("steps").reset_index()
+    counts = _labelled(counts, frame)
+    styles = _styles(counts, BASELINE)
+    width = 0.8 / max(len(styles), 1)
+    for number, (label, (colour, _)) in enumerate(styles.items()):
+        rows = counts[counts["label"] == label]
+        x = rows["num_accepted"] + (number - (len(styles) - 1) / 2) * width
+        share = rows["steps"] / rows["steps"].sum()
+        ax.bar(x, share, width, color=colour, label=f"{label} ({rows['steps'].sum():,} steps)")
+    ax.set_xticks(range(int(counts["num_accepted"].max()) + 1))
+    ax.set_xlabel("drafts accepted in a step")
+    ax.set_ylabel("share of steps")
+    _clean(ax, "Accepted drafts per step" + ("" if task == ALL else f", {task}"), "y")
+    _legend(ax)
+    return _figure(ax)
+
+
+def plot_breakdown(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> Figure:
+    """Where a step's time goes, a bar per method: propose, verify, accept, host; its length in ms per step."""
+    ax = ax or new_axes()
+    table = breakdown(frame).reset_index()
+    table = _labelled(table[table["task"] == task], frame)
+    y = np.arange(len(table))
+    left = np.zeros(len(table))
+    for part, colour in PARTS.items():
+        values = 1000 * (table[part] * table["seconds_per_step"]).to_numpy()
+        ax.barh(y, values, left=left, color=colour, height=0.6, label=part)
+        left += values
+    for row, total in enumerate(left):
+        overhead = 1 - table["verify"].iloc[row]
+        ax.text(total, row, f" {overhead:.0%} overhead", va="center", fontsize=9)
+    ax.set_xlim(0, 1.45 * left.max())
+    ax.set_yticks(y, table["label"])
+    ax.invert_yaxis()
+    ax.set_xlabel("ms per decode step (overhead: all but verify)")
+    _clean(ax, "Time of a step" + ("" if task == ALL else f", {task}"), "x")
+    _legend(ax)
+    return _figure(ax)

@@ -1,0 +1,134 @@
+"""A summary as text: rich tables for the terminal, one Markdown table for files. Shows numbers, computes none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from specdec.metrics import ALL, method_labels
+
+WIDE = 110  # columns of a terminal from which on the rates stand beside the rest
+POSITIONS = 8  # acceptance rates shown; metrics.json has them all
+MISSING = "–"
+RATES = "accept rate by position"
+LEGEND = {
+    "accept length": "tokens per target forward, the recovered or bonus token included; the prefill's token and steps "
+    "cut short left out; all = mean over tasks.",
+    RATES: "share accepted at position 1, 2, ... of the drafts whose predecessors were accepted.",
+    "tok/s": "decode tokens per second of decode time, prefill apart.",
+    "speed-up": "tok/s over that of no drafting (none) on the same requests; all = all requests pooled.",
+    "equal": "requests whose tokens equal those of no drafting.",
+    "[ ]": "95% bootstrap interval over requests; lossy: this acceptance rule changes the output's law.",
+}
+
+
+def _interval(row: pd.Series, name: str) -> str:
+    """`1.52 [1.47, 1.58]`; no bracket where there is no interval or, as for the baseline, no spread at all."""
+    value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
+    if pd.isna(value):
+        return MISSING
+    return f"{value:.2f}" if pd.isna(low) or low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _rates(row: pd.Series) -> str:
+    """`.71 .62 .55`: the conditional acceptance rates, as many as there are."""
+    names = [name for name in row.index if str(name).startswith("alpha_") and not pd.isna(row[name])]
+    shown = " ".join(f"{row[name]:.2f}".removeprefix("0") for name in names[:POSITIONS])
+    return (shown + " …" if len(names) > POSITIONS else shown) or MISSING
+
+
+def _number(value: Any) -> str:
+    """Three figures that matter; a dash where nothing was measured."""
+    if pd.isna(value):
+        return MISSING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _equal(row: pd.Series) -> str:
+    return f"{row['requests_equal']}/{row['requests_compared']}" if row["requests_compared"] else MISSING
+
+
+def _methods(summary: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each method's label and its rows, in the summary's order."""
+    labels = method_labels(summary)
+    for label, rows in summary.groupby(labels, sort=False):
+        yield str(label), rows
+
+
+def _shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """A method's rows, without "all" where it would repeat the only task."""
+    return rows.iloc[:1] if len(rows) == 2 else rows
+
+
+def _cells(row: pd.Series) -> list[str]:
+    """prompts, accept length, tok/s, speed-up, equal: the cells every layout has."""
+    length, speed = _interval(row, "tau"), _interval(row, "speedup")
+    return [str(row["prompts"]), length, _number(row["tokens_per_second"]), speed, _equal(row)]
+
+
+def _equal_style(row: pd.Series) -> str:
+    """Set off where a lossless method left plain output: its noise, its arithmetic or a fault."""
+    return "yellow" if row["lossless"] and row["requests_equal"] < row["requests_compared"] else ""
+
+
+def _table(headers: list[str]) -> Table:
+    """An empty table; on a narrow terminal the names wrap and the numbers stay whole."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("drafter / task", overflow="fold")
+    for header in headers:
+        table.add_column(header, justify="left" if header == RATES else "right", no_wrap=True)
+    return table
+
+
+def tables(summary: pd.DataFrame, width: int = 120) -> list[Table]:
+    """One table where `width` columns hold the rates beside the rest, else a second one for the rates."""
+    headers = ["prompts", "accept length", "tok/s", "speed-up", "equal"]
+    wide = width >= WIDE
+    main = _table([*headers[:2], RATES, *headers[2:]] if wide else headers)
+    rates = _table([RATES])
+    for label, rows in _methods(summary):
+        drafts = _rates(rows.iloc[-1]) != MISSING
+        main.add_row(Text(label, style="bold cyan"))
+        if drafts:
+            rates.add_row(Text(label, style="bold cyan"))
+        for _, row in _shown(rows).iterrows():
+            cells: list[RenderableType] = list(_cells(row))
+            cells[-1] = Text(_equal(row), style=_equal_style(row))
+            if wide:
+                cells.insert(2, _rates(row))
+            style = "bold" if row["task"] == ALL else ""
+            main.add_row(f"  {row['task']}", *cells, style=style)
+            if drafts:
+                rates.add_row(f"  {row['task']}", _rates(row), style=style)
+        main.add_section()
+        rates.add_section()
+    return [main] if wide else [main, rates]
+
+
+def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
+    """The tables and what each column means, fitted to the console's width."""
+    console = console or Console()
+    for table in tables(summary, console.width):
+        console.print(table)
+    for name, meaning in LEGEND.items():
+        console.print(Text.assemble((f"{name}: ", "bold"), meaning, style="dim"))
+
+
+def markdown(summary: pd.DataFrame) -> str:
+    """The same as one GitHub table, a row per drafter and task, followed by the meaning of the columns."""
+    headers = ["drafter", "task", "prompts", "accept length", RATES, "tok/s", "speed-up", "equal"]
+    lines = ["| " + " | ".join(headers) + " |", "|---|---|" + "---:|" * 2 + "---|" + "---:|" * 3]
+    for label, rows in _methods(summary):
+        for _, row in _shown(rows).iterrows():
+            cells = [label, str(row["task"]), *_cells(row)]
+            cells.insert(4, _rates(row))
+            escaped = (cell.replace("|", "\\|") for cell in cells)
+            lines.append("| " + " | ".join(escaped) + " |")
+    legend = [f"- **{name}**: {meaning}" for name, meaning in LEGEND.items()]
+    return "\n".join([*lines, "", *legend]) + "\n"
