@@ -24,11 +24,12 @@ from specdec.metrics import (
     breakdown,
     load_trace,
     method_labels,
+    shared_runs,
     speedup,
     steps,
     summary,
 )
-from specdec.plots import plot_acceptance, plot_breakdown, plot_speedup, plot_steps
+from specdec.plots import plot_acceptance, plot_breakdown, plot_length, plot_speedup, plot_steps
 
 __all__ = [
     "acceptance_by_position",
@@ -41,6 +42,7 @@ __all__ = [
     "picture",
     "plot_acceptance",
     "plot_breakdown",
+    "plot_length",
     "plot_speedup",
     "plot_steps",
     "speedup",
@@ -109,6 +111,8 @@ def expected_speedup(frame: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFr
     per tree node (over all methods of the run) and per draft position (of this drafter) for what k leaves out. k = 0 is
     the baseline as measured. "all" pools steps. Columns also tokens_per_second = tau / step_seconds.
     """
+    if shared := shared_runs(frame):
+        raise ValueError(f"runs {shared} shared their machine, so their times say nothing; measure one run at a time")
     long = steps(frame)
     parts = []
     for _, run in long.groupby("run", sort=False):
@@ -152,7 +156,10 @@ def best_num_drafts(expected: pd.DataFrame) -> pd.DataFrame:
 
 
 def picture(run: str | Path) -> Path:
-    """Draw RUN/results.png: speed-up by task, acceptance rate by position, time of a step. Returns its path."""
+    """Draw RUN/results.png: speed-up by task, acceptance rate by position, time of a step. Returns its path.
+
+    A run without speeds (no baseline, or a shared machine) shows acceptance lengths and accepted drafts instead.
+    """
     folder = Path(run)
     frame = load_trace(folder)
     table = summary(frame)
@@ -161,9 +168,10 @@ def picture(run: str | Path) -> Path:
     figure = Figure(figsize=(11, height + 4.2), dpi=140)
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
     axes = figure.subplot_mosaic([["speed", "speed"], ["rate", "time"]], height_ratios=[height, 3.6])
-    plot_speedup(table, ax=axes["speed"])
+    timed = table["speedup"].notna().any()
+    (plot_speedup if timed else plot_length)(table, ax=axes["speed"])
     plot_acceptance(frame, ax=axes["rate"])
-    plot_breakdown(frame, ax=axes["time"])
+    (plot_breakdown if timed else plot_steps)(frame, ax=axes["time"])
     if (legend := axes["rate"].get_legend()) is not None:
         legend.remove()  # the colours are those above
     figure.suptitle(_title(folder, frame), fontsize=12, x=0.01, ha="left")

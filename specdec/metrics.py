@@ -176,7 +176,8 @@ def speedup(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.
     """Decode tokens/s = sum(num_emitted) / sum(step_seconds), prefill apart, and its ratio to the baseline's.
 
     The ratio pools the requests that both have under the same verifier; "all" pools every task's requests. Columns
-    tokens_per_second, speedup, speedup_low, speedup_high, indexed by METHOD + task. NaN without a baseline.
+    tokens_per_second, speedup, speedup_low, speedup_high, indexed by METHOD + task. NaN without a baseline, and all
+    NaN for a run marked `concurrent`: where runs share a machine, no speed means anything.
     """
     parts = {}
     for run, task, sums, wide in _resample(_units(frame, baseline), seed):
@@ -185,7 +186,16 @@ def speedup(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.
         table = _interval(ratio, _several(_count(wide, "base_seconds")), "speedup")
         table.insert(0, "tokens_per_second", (_count(sums, "emitted") / _count(sums, "seconds")).iloc[0])
         parts[run, task] = table
-    return _collect(parts)
+    table = _collect(parts)
+    table.loc[table.index.get_level_values("run").isin(shared_runs(frame))] = np.nan
+    return table
+
+
+def shared_runs(frame: pd.DataFrame) -> list[str]:
+    """Runs with a row marked `concurrent`, an optional column: others used the machine at the same time."""
+    if "concurrent" not in frame:
+        return []
+    return [str(run) for run in frame.loc[frame["concurrent"].eq(True), "run"].unique()]
 
 
 def _with_all(frame: pd.DataFrame) -> pd.DataFrame:

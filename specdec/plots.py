@@ -59,27 +59,42 @@ def _labelled(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
 
 def plot_speedup(summary: pd.DataFrame, ax: Axes | None = None, baseline: str = BASELINE) -> Figure:
     """Speed-up over no drafting by task: a point and its 95% interval per method, "all" set apart below."""
+    figure = _by_task(summary, "speedup", ax, baseline)
+    ax = ax or figure.axes[0]
+    ax.set_xlabel("decode tokens/s relative to no drafting (dashed line = 1), with 95% interval over requests")
+    _clean(ax, "Speed-up by task", "x")
+    return figure
+
+
+def plot_length(summary: pd.DataFrame, ax: Axes | None = None, baseline: str = BASELINE) -> Figure:
+    """Acceptance length by task, drawn like `plot_speedup`; it needs neither a baseline nor a quiet machine."""
+    figure = _by_task(summary, "tau", ax, baseline)
+    ax = ax or figure.axes[0]
+    ax.set_xlabel("tokens per target forward (dashed line = 1: no drafting), with 95% interval over requests")
+    _clean(ax, "Acceptance length by task", "x")
+    return figure
+
+
+def _by_task(summary: pd.DataFrame, name: str, ax: Axes | None, baseline: str) -> Figure:
+    """Points of one summary column and their intervals, a row per task."""
     tasks = list(summary["task"].unique())
     tasks = tasks[:1] if len(tasks) == 2 else tasks  # of one task, "all" would repeat it
     summary = summary[summary["task"].isin(tasks)]
     styles = _styles(summary, baseline)
     pitch = 0.8 / max(len(styles), 1)
-    if ax is None:
-        ax = new_axes(8, 1.6 + len(tasks) * max(0.5, 0.18 * len(styles)))
+    ax = ax or new_axes(8, 1.6 + len(tasks) * max(0.5, 0.18 * len(styles)))
     labels = method_labels(summary)
     for number, (label, (colour, marker)) in enumerate(styles.items()):
-        rows = summary[labels == label].dropna(subset="speedup")
+        rows = summary[labels == label].dropna(subset=name)
         y = np.array([tasks.index(task) for task in rows["task"]]) + (number - (len(styles) - 1) / 2) * pitch
-        low, high = rows["speedup_low"].fillna(rows["speedup"]), rows["speedup_high"].fillna(rows["speedup"])
+        low, high = rows[f"{name}_low"].fillna(rows[name]), rows[f"{name}_high"].fillna(rows[name])
         ax.hlines(y, low, high, color=colour, linewidth=2)
-        ax.plot(rows["speedup"], y, marker, color=colour, markersize=6, label=label)
+        ax.plot(rows[name], y, marker, color=colour, markersize=6, label=label)
     if ALL in tasks:
         ax.axhline(tasks.index(ALL) - 0.5, color="#888888", linewidth=0.7)
     ax.axvline(1, color="black", linewidth=1, linestyle="--")
     ax.set_yticks(range(len(tasks)), [f"{task} (n={_prompts(summary, task)})" for task in tasks])
     ax.set_ylim(len(tasks) - 0.5, -0.5)
-    ax.set_xlabel("decode tokens/s relative to no drafting (dashed line = 1), with 95% interval over requests")
-    _clean(ax, "Speed-up by task", "x")
     _legend(ax)
     return _figure(ax)
 

@@ -21,7 +21,7 @@ LEGEND = {
     "accept length": "tokens per target forward, the recovered or bonus token included; the prefill's token and steps "
     "cut short left out; all = mean over tasks.",
     RATES: "share accepted at position 1, 2, ... of the drafts whose predecessors were accepted.",
-    "tok/s": "decode tokens per second of decode time, prefill apart.",
+    "tok/s": "decode tokens per second of decode time, prefill apart; none where runs shared the machine.",
     "speed-up": "tok/s over that of no drafting (none) on the same requests; all = all requests pooled.",
     "equal": "requests whose tokens equal those of no drafting.",
     "[ ]": "95% bootstrap interval over requests; lossy: this acceptance rule changes the output's law.",

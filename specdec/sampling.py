@@ -13,6 +13,7 @@ from specdec.types import Sampling
 
 # Streams keep draws at one position independent of each other.
 STREAM_TOKEN, STREAM_ACCEPT, STREAM_RESIDUAL, STREAM_DRAFT = 0, 1, 2, 3
+_BLOCK = 64  # logits that argmax reduces at a time
 
 
 def _i32(value: int) -> int:
@@ -41,7 +42,7 @@ def uniform(seed: Tensor, position: Tensor, stream: int, index: Tensor) -> Tenso
     seed = seed.long()
     key = _mix(_to_i32(seed) ^ _mix(_to_i32(seed >> 32) + stream + 1))
     key = _mix(key ^ _mix(_to_i32(position) * 4 + stream))
-    bits = _mix(_mix(_to_i32(index) + key) ^ _mix(key + 1))
+    bits = _mix(_mix(_to_i32(index) + key) ^ key)
     return ((bits.long() & 0xFFFFFFFF).double() + 0.5).mul_(2.0**-32).float().clamp_(max=1 - 2.0**-24)
 
 
@@ -83,8 +84,17 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Index of the largest logit, the lowest one on a tie. [..., V] -> int64 [...]."""
-    return logits.argmax(-1)
+    """Index of the largest logit, the lowest one on a tie. [..., V] -> int64 [...].
+
+    In two stages, because torch's maximum runs on vectors and its argmax does not: blocks first, then within the best.
+    """
+    size = logits.shape[-1]
+    if size % _BLOCK or size == _BLOCK:
+        return logits.argmax(-1)
+    blocks = logits.unflatten(-1, (-1, _BLOCK))
+    best = blocks.amax(-1).argmax(-1, keepdim=True)
+    within = blocks.gather(-2, best[..., None].expand(*best.shape, _BLOCK)).squeeze(-2).argmax(-1, keepdim=True)
+    return (best * _BLOCK + within).squeeze(-1)
 
 
 def choose(logits: Tensor, sampling: Sampling, position: Tensor, stream: int = STREAM_TOKEN) -> Tensor:

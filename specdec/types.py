@@ -89,11 +89,13 @@ class DraftTree:
         return self._paths
 
     def trim(self, width: int) -> DraftTree:
-        """The first `width` nodes; the rest must be padding in every row."""
+        """At least the first `width` nodes; the rest is padding in every row. A branching tree never becomes a chain."""
+        if not self.is_chain and width > 1:
+            width = max(width, self.depth + 2)
         if width >= self.tokens.shape[1]:
             return self
+        depth = width - 1 if self.is_chain or width == 1 else self.depth
         probs = None if self.probs is None else self.probs[:, :width]
-        depth = width - 1 if self.is_chain else min(self.depth, width - 1)
         return DraftTree(self.tokens[:, :width], self.parents[:, :width], self.num_nodes, depth, probs)
 
 

@@ -12,7 +12,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from specdec.data import Conversation, Jsonl, Prompts, encode, messages, template_name
+from specdec.data import Conversation, Jsonl, Prompts
+from specdec.decoding.chat import encode, messages, template_name
 
 TASKS = {"chat", "translation", "summarization", "qa", "math", "rag", "code", "multi_turn"}
 
@@ -105,7 +106,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         Jsonl(tmp_path / "none.jsonl").load()
     with pytest.raises(ValueError, match="no conversation left"):
         Jsonl(write_jsonl(tmp_path / "empty.jsonl")).load()
-    with pytest.raises(ValueError, match="whole-number question_ids, but .* has 'a1'"):
+    with pytest.raises(ValueError, match=r"whole-number question_ids, but .* has 'a1'"):
         Jsonl(write_jsonl(tmp_path / "a.jsonl", record(1, "qa") | {"question_id": "a1"}), half="odd").load()
 
 
@@ -177,7 +178,7 @@ def test_encode_refuses() -> None:
     for empty in ("", "  \n", []):
         with pytest.raises(ValueError, match="prompt is empty"):
             encode(CharTokenizer(), empty)
-    with pytest.raises(ValueError, match="CharTokenizer.* has no chat template"):
+    with pytest.raises(ValueError, match=r"CharTokenizer.* has no chat template"):
         encode(CharTokenizer(None), "hi")
     with pytest.raises(ValueError, match="need the chat template"):
         encode(CharTokenizer(), messages(["hi"]), template=False)

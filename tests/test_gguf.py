@@ -29,11 +29,15 @@ TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "h
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(TOKENS), hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=128, rope_theta=5000.0, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, initializer_range=0.3,
+        vocab_size=len(TOKENS), hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=128,
+        rope_theta=5000.0, rms_norm_eps=1e-5, tie_word_embeddings=False, initializer_range=0.3,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16).float().eval()  # every weight is a bfloat16 number
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())  # the weights alone: RoPE's frequencies stay float32
+    return model
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -164,7 +168,8 @@ def test_an_existing_folder_is_kept_or_refused(tmp_path: Path, source: Path, mod
 
 
 def start(source: Path, out: Path, progress: str = "None") -> subprocess.Popen[bytes]:
-    code = f"import os; from specdec.target.gguf import convert_gguf; convert_gguf({str(source)!r}, {str(out)!r}, {progress})"
+    call = f"convert_gguf({str(source)!r}, {str(out)!r}, {progress})"
+    code = f"import os; from specdec.target.gguf import convert_gguf; {call}"
     return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
 
 

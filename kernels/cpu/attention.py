@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.kernels.cpu import simd
 from specdec.kernels.cpu.linear import aligned_empty
-from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, thread_num
+from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, check_real, thread_num
 from specdec.types import ModelInputs
 
 _NEG_INF = float("-inf")
@@ -195,9 +195,14 @@ class Attention:
 
         cos, sin f32 [positions, E/2]. Slots behind the prefix are those of `ModelInputs`.
         """
+        check_real(qkv)
         rows, per_row = inputs.tokens.shape
         _, groups, slots, size = keys.shape
         heads = out.shape[1] // size
+        for name in ("positions", "prefix_lens", "paths"):  # read by address: strides are not looked at
+            value = getattr(inputs, name)
+            assert value is None or (value.dtype == torch.int32 and value.is_contiguous()), name
+        assert keys.stride(2) == size and keys.stride(3) == 1 and keys.stride() == values.stride()
         bf16 = int(keys.dtype == torch.bfloat16)
         stride = 64 * ((slots + 15) // 16)
         if self._scratch.numel() < stride * torch.get_num_threads():

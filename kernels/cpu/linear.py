@@ -15,7 +15,7 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from specdec.kernels.cpu import simd
-from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, thread_num
+from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, check_real, thread_num
 
 PANEL = 32
 STORE, ADD, SWIGLU = 0, 1, 2
@@ -204,6 +204,7 @@ class Linear:
 
         With norm f32 [K] the product takes RMSNorm(x) * norm. x is f32 (normalised and rounded here) or already in the weights' dtype. Rows are contiguous.
         """
+        check_real(x)
         bf16 = weight.dtype == torch.bfloat16
         convert = norm is not None or x.dtype != weight.dtype
         tokens = x.shape[0]

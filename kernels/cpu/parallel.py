@@ -50,6 +50,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
+def check_real(x: torch.Tensor) -> None:
+    """Kernels take addresses; a fake or subclassed tensor has none to give."""
+    if type(x) is not torch.Tensor:
+        raise TypeError(f"a compiled kernel got a {type(x).__name__}, which has no memory: use backend=torch there")
+
+
 class Kernel:
     """A compiled kernel: `entry(args)` for OpenMP, `single(args, thread)` for a pool of our own.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.decoding.chat import Prompt, TextStream, encode
+from specdec.decoding.chat import Prompt, TextStream, encode_all
 from specdec.decoding.state import LENGTH, RECORD_FIELDS, DecodeState
 from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
 from specdec.drafter import Drafter
@@ -158,7 +158,7 @@ class SpeculativeDecoder:
     ) -> list[_Request]:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        encoded = encode(self.tokenizer, prompts)
+        encoded = encode_all(self.tokenizer, prompts)
         seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(encoded):
             raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: give one seed, or one a prompt")

@@ -21,7 +21,7 @@ class Drafter(ABC):
     graphable: bool = True  # False: reads tensors on the host, runs outside a CUDA graph
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
-        """Called once before decoding: share the target's weights, allocate, learn which law the verifier wants."""
+        """Called before every batch of requests: share the target's weights, allocate, learn which law the verifier wants."""
 
     @abstractmethod
     def propose(self, inputs: DraftInputs) -> DraftTree:

@@ -83,6 +83,13 @@ class TreeShape:
         """The tokens of level d + 1 from the choices of all nodes of level d. [B, n, c] -> [B, n']."""
         return choices[:, self.parent_at[d], self.ranks[d]]
 
+    def level_inputs(self, tokens: Tensor, prefix_lens: Tensor, d: int) -> ModelInputs:
+        """A forward of level d, tokens [B, n], over the levels above it. A chain is plain causal attention."""
+        positions = (prefix_lens[:, None] + d).repeat(1, tokens.shape[1])
+        is_chain = self.depth == self.num_nodes - 1
+        paths = None if is_chain else self.slots[d].repeat(tokens.shape[0], 1, 1)  # kernels read dense memory
+        return ModelInputs(tokens, positions, prefix_lens, paths, self.starts[d])
+
     def tree(self, tokens: Tensor, num_nodes: Tensor | None = None, probs: Tensor | None = None) -> DraftTree:
         """Dress the shape with tokens [B, N]; num_nodes int32 [B], all nodes when left out."""
         batch = tokens.shape[0]
@@ -112,9 +119,7 @@ def draft_tree(
         if d == 0 and root_logits is not None:
             logits = root_logits
         else:
-            slots = shape.slots[d].expand(root.shape[0], -1, -1)
-            positions = (prefix_lens[:, None] + d).expand(slots.shape[:2])
-            logits = forward(ModelInputs(tokens[-1], positions, prefix_lens, slots, shape.starts[d]))
+            logits = forward(shape.level_inputs(tokens[-1], prefix_lens, d))
         if law != "any":
             logits = warp(logits, sampling)
             probs.append(logits.softmax(-1))

@@ -32,7 +32,7 @@ class LayerSkip(Drafter):
         self.depth = self._shape.depth
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
-        num_layers = target.config.num_hidden_layers
+        num_layers = target.config.num_layers
         if not 0 < self.exit_layer < num_layers:
             raise ValueError(f"exit_layer={self.exit_layer}: choose 1 to {num_layers - 1}, the target has {num_layers}")
         self._target, self._law = target, law

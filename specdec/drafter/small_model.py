@@ -45,7 +45,9 @@ class SmallModel(Drafter):
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
         _check_vocabularies(self.model, target)
         self._law = law
-        self.model.allocate(batch_size, max_len, max(self._shape.num_nodes, self.depth + 2), ())
+        # max_len counts room for one tree behind the longest row, which is no position the model must know
+        nodes = self._shape.num_nodes
+        self.model.allocate(batch_size, max_len - nodes, max(nodes, self.depth + 2), ())
         self._shape.to(target.lengths.device)
 
     def propose(self, inputs: DraftInputs) -> DraftTree:

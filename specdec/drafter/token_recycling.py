@@ -42,8 +42,9 @@ def top_indices(logits: Tensor, k: int) -> Tensor:
 class TokenRecycling(Drafter):
     """Fills a static tree from a matrix of the last seen top-k successors of every token.
 
-    The matrix outlives requests and is shared by all rows, as in the paper: what a request drafts depends on those
-    before it (their output does not). A token never verified has no successors: as the root it proposes nothing.
+    The matrix is shared by all rows and outlives requests, as in the paper: what a request drafts, not what it emits,
+    depends on those before it. `persistent` keeps it from one generate call to the next too; otherwise each call starts
+    cold and repeats exactly. A token never verified has no successors: as the root it proposes nothing.
     """
 
     successors: Tensor  # int64 [V + 1, k]; -1 = not seen; the last row takes the writes of nodes that do not count
@@ -55,6 +56,7 @@ class TokenRecycling(Drafter):
         top_k: int = 8,
         max_depth: int = 6,
         tree: Sequence[Sequence[int]] | None = None,
+        persistent: bool = False,
     ) -> None:
         if tree is None and min(num_draft_tokens, top_k, max_depth) < 1:
             raise ValueError(
@@ -65,6 +67,7 @@ class TokenRecycling(Drafter):
         if widest > top_k:
             raise ValueError(f"the tree takes {widest} successors of a token, top_k={top_k} keeps fewer; raise top_k")
         self.top_k = top_k
+        self.persistent = persistent
         self.num_draft_tokens = self._shape.num_nodes - 1
         self.depth = self._shape.depth
 
@@ -73,6 +76,8 @@ class TokenRecycling(Drafter):
         if vocab < self.top_k:
             raise ValueError(f"top_k={self.top_k} exceeds the vocabulary of {vocab} tokens; lower top_k")
         self._shape.to(device)
+        if self.persistent and hasattr(self, "successors") and self.successors.shape[0] == vocab + 1:
+            return
         self.successors = torch.full((vocab + 1, self.top_k), -1, dtype=torch.int64, device=device)
         self._last = torch.full((vocab + 1,), -1, dtype=torch.int64, device=device)
 

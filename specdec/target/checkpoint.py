@@ -40,7 +40,7 @@ def resolve(name_or_dir: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except HFValidationError as error:
         raise ValueError(f"there is no checkpoint folder {name}, nor can it be the name of a Hub repository") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"{name} is neither a folder nor a Hub repository that can be downloaded now ({type(error).__name__}): "
             "check the name and the network, or give the path of a downloaded folder"
@@ -84,9 +84,8 @@ def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         with open_safetensors(path) as file:
             names = set(file.keys())
             if expected is not None and names != expected:
-                raise ValueError(
-                    f"{path} does not hold what {_INDEX} says, as {_few(names ^ expected)}: fetch it again"
-                )
+                odd = _few(names ^ expected)
+                raise ValueError(f"{path} and {_INDEX} disagree about {odd}: fetch the checkpoint again")
             for name in sorted(names):
                 yield name, file.get_tensor(name)
 

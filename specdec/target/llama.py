@@ -28,7 +28,7 @@ class Llama:
         self,
         checkpoint: str | Path,
         dtype: str = "bfloat16",
-        device: str = "cpu",
+        device: str = "auto",
         backend: str = "auto",
         prefill_chunk: int = 256,
         threads: int | None = None,
@@ -56,7 +56,7 @@ class Llama:
         if threads is not None:
             torch.set_num_threads(threads)
         self.config = config
-        self.device = torch.device(device)
+        self.device = choose_device(device)
         self.backend = choose_backend(backend, self.device, config)
         self.prefill_chunk = prefill_chunk
         model = DecoderModel(config, DTYPES[dtype]).to(self.device)
@@ -137,6 +137,15 @@ class Llama:
         x, features = self.model(inputs, self.cache, () if layers is not None else self.features, layers)
         logits = self.model.logits(x).view(batch, tokens, -1)
         return ModelOutput(logits, None if features is None else features.view(batch, tokens, -1))
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"target.device={device}, but torch {torch.__version__} finds no GPU: use target.device=cpu")
+    return torch.device(device)
 
 
 def choose_backend(backend: str, device: torch.device, config: ModelConfig) -> str:

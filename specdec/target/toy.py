@@ -24,7 +24,7 @@ class Toy(Llama):
         num_heads: int = 4,
         num_kv_heads: int = 2,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str = "auto",
         backend: str = "auto",
         prefill_chunk: int = 32,
         sharpness: float = 3.0,

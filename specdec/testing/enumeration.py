@@ -1,8 +1,8 @@
 """The exact law of what a verifier emits, from the outside.
 
 Every draft tree of a small model is listed. For each, the verifier's own code is run on chosen noise: tokens it samples
-are dictated and weighed by the law it hands over, and the space of its coins is cut into the boxes on which its verdict is
-constant, by bisection. Sums over boxes are exact for coins on a grid of 2^22 values, which is 1e-7 a coin from uniform.
+are dictated and weighed by the law it hands over, and the space of its coins is cut into the boxes on which its verdict
+is constant, by bisection. Sums over boxes are exact for coins on a grid of 2^22 values: 1e-7 a coin from uniform.
 
 Shapes: A draft trees, N nodes with the root, V vocabulary, R rows of one call (= points of noise), M boxes, H prefixes.
 """
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from specdec import sampling as noise
 from specdec.sampling import STREAM_ACCEPT, STREAM_TOKEN, argmax, warp
-from specdec.testing.errors import ConformanceError
-from specdec.testing.prefix_model import PrefixModel, Topology
+from specdec.testing.prefix_model import PrefixModel, Topology, sibling_law
 from specdec.types import DraftTree, Sampling
 from specdec.verifier import Verifier
 
@@ -30,7 +29,7 @@ GRID = 1 << 22  # (k + 0.5) / GRID is exact in f32
 SAME = 1e-6  # weights closer than this belong to one box
 
 
-class NotEnumerable(Exception):
+class NotEnumerableError(Exception):
     """The verifier takes its noise in a way that cannot be dictated; only sampling can test it."""
 
 
@@ -48,16 +47,15 @@ class Dictated:
         self.weight = torch.ones(len(self.coins), dtype=torch.float64)
 
     def uniform(self, seed: Tensor, position: Tensor, stream: int, index: Tensor) -> Tensor:
-        """Coins are known by their node: any other stream or index cannot be dictated."""
+        """Coins are known by their node: any other stream or index cannot be dictated. The seed is the row."""
         if stream != STREAM_ACCEPT or int(index.max()) >= self.coins.shape[1]:
-            raise NotEnumerable(f"asks for coins of stream {stream} up to index {int(index.max())}")
-        self.coined |= set(index.unique().tolist())
-        seed, index = torch.broadcast_tensors(seed.long(), index.long())
-        return self.coins[seed, index]
+            raise NotEnumerableError(f"asks for coins of stream {stream} up to index {int(index.max())}")
+        self.coined |= set(index.flatten().tolist())
+        return self.coins[seed.long(), index.long()]
 
     def gumbel(self, seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
         """Bare Gumbel noise does not say which law it meets."""
-        raise NotEnumerable("asks for Gumbel noise directly")
+        raise NotEnumerableError("asks for Gumbel noise directly")
 
     def sample(self, probs: Tensor, sampling: Sampling, position: Tensor, stream: int) -> Tensor:
         """Dictate a draw from `probs` [R, V] and weigh it."""
@@ -128,16 +126,22 @@ class _Judge:
             self.tree.tokens[which], self.tree.parents[which], self.tree.num_nodes[which], self.tree.depth, probs
         )
         one = self.sampling
-        per_row = [v.expand(rows) for v in (one.temperature, one.top_k, one.top_p)]
-        sampling = Sampling(*per_row, torch.arange(rows), one.position.expand(rows), one.mode)
+        sampling = Sampling(
+            temperature=one.temperature.expand(rows),
+            top_k=one.top_k.expand(rows),
+            top_p=one.top_p.expand(rows),
+            seed=torch.arange(rows),
+            position=one.position.expand(rows),
+            mode=one.mode,
+        )
         self.switch.current = Dictated(coins, tokens)
         verdict = self.verifier.accept(tree, self.logits[which], sampling)
         return torch.stack([self.model.emitted(tree, verdict).double(), self.switch.current.weight], 1)
 
     def boxes(self, which: Tensor, tokens: Tensor, nodes: list[int]) -> Tensor:
-        """Mass of every emitted prefix given each tree: f64 [A, H]. which [M], tokens [M, draws]; `nodes` have coins."""
+        """Mass of every emitted prefix given each tree, f64 [A, H]. which [M], tokens [M, draws]; nodes have coins."""
         found = torch.zeros(len(self.tree.tokens), self.model.num_prefixes(), dtype=torch.float64)
-        num = len(nodes)
+        num, probe = len(nodes), torch.Generator().manual_seed(0)
         corners = torch.tensor(list(itertools.product([0, 1], repeat=num)), dtype=torch.bool).view(2**num, num)
         edges = [(c, c | bit, k) for k, bit in enumerate(2 ** (num - 1 - k) for k in range(num)) for c in range(2**num)]
         near, far, axis = torch.tensor([e for e in edges if e[0] != e[1]], dtype=torch.int64).view(-1, 3).T
@@ -150,7 +154,7 @@ class _Judge:
 
         while True:
             points = torch.where(corners, high[:, None] - 1, low[:, None])
-            inside = low + ((high - low) * torch.rand(low.shape)).long()
+            inside = low + ((high - low) * torch.rand(low.shape, generator=probe)).long()
             points = torch.cat([points, inside[:, None]], 1)
             spread = points.shape[1]
             seen = at(points.flatten(0, 1), which.repeat_interleave(spread), tokens.repeat_interleave(spread, 0))
@@ -158,7 +162,7 @@ class _Judge:
             differs = ((seen[:, near] - seen[:, far]).abs() > SAME).any(-1)
             cut = differs.any(1)
             if ((seen[:, -1] - seen[:, 0]).abs() > SAME).any(-1)[~cut].any():
-                raise NotEnumerable("judges a node by something else than one coin against one threshold")
+                raise NotEnumerableError("judges a node by something else than one coin against one threshold")
             volume = ((high - low).double() / GRID).prod(1) * seen[:, 0, 1]
             found.index_put_((which[~cut], seen[~cut, 0, 0].long()), volume[~cut], accumulate=True)
 
@@ -179,17 +183,15 @@ class _Judge:
 
 
 def draft_weights(tree: DraftTree, topology: Topology, distinct: bool) -> Tensor:
-    """Probability of drawing each tree's tokens, siblings with or without replacement. f64 [A]."""
+    """Probability of drawing each tree's tokens. f64 [A]."""
     assert tree.probs is not None
     weight = torch.ones(len(tree.tokens), dtype=torch.float64)
-    laws: dict[int, Tensor] = {}
+    used = torch.zeros_like(tree.probs, dtype=torch.bool)
     for i, parent in enumerate(topology[1:], 1):
-        law = laws.setdefault(parent, tree.probs[:, parent].double())
         token = tree.tokens[:, i : i + 1]
-        total = law.sum(1)
-        weight = weight * torch.where(total > 0, law.gather(1, token).squeeze(1) / total.clamp(min=1e-300), 0.0)
+        weight *= sibling_law(tree.probs[:, parent].double(), used[:, parent]).gather(1, token).squeeze(1)
         if distinct:
-            laws[parent] = law.scatter(1, token, 0.0)
+            used[:, parent] = used[:, parent].scatter(1, token, True)
     return weight
 
 
@@ -199,7 +201,7 @@ def enumerate_law(
     """Exact law of the first `model.length` tokens, completed by the target, and exact acceptance length.
 
     law: how drafts come about. "any": each tree on its own, deterministic -> f64 [A, V^L]; "iid" / "distinct": drawn
-    -> f64 [1, V^L]. sampling has one row. Raises NotEnumerable for noise that cannot be dictated.
+    -> f64 [1, V^L]. sampling has one row. Raises NotEnumerableError for noise that cannot be dictated.
     """
     vocab = model.vocab
     drafts = torch.tensor(list(itertools.product(range(vocab), repeat=len(topology) - 1)))
@@ -213,7 +215,7 @@ def enumerate_law(
         judge.run(torch.zeros(1, dtype=torch.int64), torch.full((1, len(topology)), 0.5), torch.zeros(1, 32).long())
         draws, nodes = switch.current.draws, sorted(switch.current.coined)
         if not draws and not nodes and sampling.mode != "greedy":
-            raise ConformanceError(f"{type(verifier).__name__} draws no noise from specdec.sampling in a sampled row.")
+            raise NotEnumerableError("draws no noise from specdec.sampling in a sampled row")
         dictated = torch.tensor(list(itertools.product(range(vocab), repeat=draws))).view(vocab**draws, draws).long()
         which = weight.nonzero().squeeze(1)
         found = judge.boxes(which.repeat_interleave(len(dictated)), dictated.repeat(len(which), 1), nodes)

@@ -1,7 +1,7 @@
 """A random target and drafter whose laws depend on the whole prefix and are known in full.
 
-Shapes: R rows, N nodes with the root, V vocabulary, L tokens that are followed, H prefixes. A prefix is numbered as in a
-heap: 0 is empty, prefix * V + 1 + token is one token longer; so every law of a tree is one row of a table.
+Shapes: R rows, N nodes with the root, V vocabulary, L tokens that are followed, H prefixes. Prefixes are numbered as in
+a heap: 0 is empty, prefix * V + 1 + token is one token longer; so every law of a tree is one row of a table.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ def depth_of(topology: Topology) -> int:
     for parent in topology[1:]:
         depths.append(depths[parent] + 1)
     return max(depths)
+
+
+def sibling_law(probs: Tensor, used: Tensor) -> Tensor:
+    """Law of the next sibling when `used` tokens are out; uniform over the others once it is exhausted. [R, V]."""
+    rest = probs.masked_fill(used, 0.0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, (~used).to(probs.dtype))
+    return rest / rest.sum(-1, keepdim=True)
 
 
 @dataclass
@@ -79,6 +86,18 @@ class PrefixModel:
         for i, parent in enumerate(topology[1:], 1):
             nodes.append(nodes[parent] * self.vocab + 1 + tokens[:, i])
         return torch.stack(nodes, 1)
+
+    def draw(self, topology: Topology, sampling: Sampling, distinct: bool, generator: torch.Generator) -> Tensor:
+        """Tokens of one tree per row, siblings with or without replacement. int64 [R, N]; the root is token 0."""
+        tokens = torch.zeros(len(sampling.seed), len(topology), dtype=torch.int64)
+        used = torch.zeros(*tokens.shape, self.vocab, dtype=torch.bool)
+        for i, parent in enumerate(topology[1:], 1):
+            prefix = self.prefixes(tokens, topology)[:, parent]
+            law = sibling_law(warp(self.draft_logits[prefix], sampling).softmax(-1), used[:, parent])
+            tokens[:, i] = torch.multinomial(law, 1, generator=generator).squeeze(1)
+            if distinct:
+                used[:, parent] = used[:, parent].scatter(1, tokens[:, i : i + 1], True)
+        return tokens
 
     def judged(
         self, tokens: Tensor, topology: Topology, sampling: Sampling, drawn: bool, num_nodes: Tensor | None = None

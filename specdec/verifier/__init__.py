@@ -15,6 +15,7 @@ class Verifier(ABC):
     """Decides which drafts stand. Deterministic drafts (`tree.probs is None`) are point masses to every verifier."""
 
     lossless: bool = True  # the emitted tokens have exactly the target's law
+    coupled: bool = False  # sampled output equals plain sampled output of the same seed, token for token
     supports_trees: bool = True
     law: Law = "any"  # how siblings must have been drawn: "any" | "iid" | "distinct"
 

@@ -17,6 +17,8 @@ from specdec.verifier import Verifier
 class TargetOnly(Verifier):
     """Keeps a draft when the target chooses it too: greedy, tree-greedy and sampling with deterministic drafts."""
 
+    coupled = True
+
     def accept(self, tree: DraftTree, logits: Tensor, sampling: Sampling) -> Acceptance:
         """Walk down along the target's choices; the first of equal siblings stands for all."""
         index = torch.arange(tree.tokens.shape[1], dtype=torch.int32, device=tree.tokens.device)

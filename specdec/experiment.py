@@ -1,0 +1,134 @@
+"""The main job: run methods over a dataset, in turns on one target, and leave a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from specdec import metrics
+from specdec.composition import BASELINE
+from specdec.data import Conversation
+from specdec.decoding import GenerationResult, SpeculativeDecoder
+from specdec.decoding.chat import messages, template_name
+from specdec.tracking.run_folder import Key, RunFolder
+
+CHUNK = 4  # batches of prompts a method decodes before the next one takes its turn; rows refill from the queue meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to decode, and how often."""
+
+    conversations: list[Conversation]
+    max_new_tokens: int
+    seed: int = 0
+    passes: int = 1
+    ignore_eos: bool = False
+    verifier: str = "target_only"
+    concurrent: bool = False  # other runs share the machine: no speed of this one means anything
+
+
+class Experiment:
+    """Interleaves decoders, prompt by prompt; every finished request is on disk before the next begins.
+
+    All methods answer the same prompts: later turns stand on the baseline's answers (the first method's without one).
+    """
+
+    def __init__(self, decoders: dict[str, SpeculativeDecoder], job: Job, folder: RunFolder) -> None:
+        self.decoders, self.job, self.folder = decoders, job, folder
+        self.first = next(iter(decoders.values()))
+        rows, _ = metrics.read_rows(folder.path / "trace.jsonl")
+        self.tokens: dict[Key, list[int]] = {
+            (row["drafter"], row["verifier"], row["request"], row["turn"], row["pass"]): row["tokens"] for row in rows
+        }
+
+    def run(self, console: Console) -> pd.DataFrame:
+        """Do what is not done yet, with a progress bar; returns the summary."""
+        pending = sum(len(c.turns) for c in self.job.conversations) * len(self.decoders) * self.job.passes
+        done = len(self.tokens)
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        with bar:
+            task = bar.add_task("warming up", total=pending, completed=done)
+            if done < pending:
+                self._warm_up()
+            for name, label, number in self._work():
+                bar.update(task, description=f"{name:<16} {label:<14}", advance=number)
+        return self.folder.finish()
+
+    def _warm_up(self) -> None:
+        """Touch the weights and compile what compiles, with each method, before anything is timed."""
+        for decoder in self.decoders.values():
+            decoder.generate([[1, 2, 3, 1, 2, 3, 1]], max_new_tokens=4, ignore_eos=True)
+
+    def _work(self) -> Iterator[tuple[str, str, int]]:
+        """Yields (method, task, requests) as groups of requests are finished."""
+        conversations, batch = self.job.conversations, self.first.batch_size
+        size = 1 if batch == 1 else CHUNK * batch
+        for number in range(self.job.passes):
+            for start in range(0, len(conversations), size):
+                group = list(enumerate(conversations))[start : start + size]
+                for turn in range(max(len(c.turns) for _, c in group)):
+                    present = [(i, c) for i, c in group if turn < len(c.turns)]
+                    for name in self.decoders:
+                        todo = [(i, c) for i, c in present if self._key(name, i, turn, number) not in self.tokens]
+                        if todo:
+                            yield name, todo[0][1].task, 0
+                            self._decode(name, todo, turn, number)
+                            yield name, todo[0][1].task, len(todo)
+
+    def _key(self, name: str, request: int, turn: int, number: int) -> Key:
+        return name, self.job.verifier, request, turn, number
+
+    def _decode(self, name: str, todo: Sequence[tuple[int, Conversation]], turn: int, number: int) -> None:
+        """One method's answers to one turn of some conversations, written down."""
+        decoder, job = self.decoders[name], self.job
+        prompts = [messages(c.turns[: turn + 1], self._answers(i, turn, number)) for i, c in todo]
+        try:
+            result = decoder.generate(prompts, job.max_new_tokens, job.seed + number, ignore_eos=job.ignore_eos)
+        except ValueError as error:
+            raise ValueError(f"question {', '.join(c.question_id for _, c in todo)}: {error}") from error
+        for at, (i, conversation) in enumerate(todo):
+            key = self._key(name, i, turn, number)
+            self.tokens[key] = result.tokens[at]
+            self.folder.append(self._row(key, conversation, decoder, result, at))
+
+    def _answers(self, request: int, turn: int, number: int) -> list[str]:
+        """The answers that later turns stand on: the first method's."""
+        source = next(iter(self.decoders))
+        tokens = [self.tokens[self._key(source, request, t, number)] for t in range(turn)]
+        return [str(self.first.tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens]
+
+    def _row(
+        self, key: Key, conversation: Conversation, decoder: SpeculativeDecoder, result: GenerationResult, at: int
+    ) -> dict[str, Any]:
+        name, verifier, request, turn, number = key
+        plain = self.tokens.get(self._key(BASELINE, request, turn, number))
+        comparable = decoder.verifier.coupled or decoder.sampling.temperature == 0
+        return {
+            "drafter": name,
+            "verifier": verifier,
+            "lossless": decoder.verifier.lossless,
+            "request": request,
+            "question_id": conversation.question_id,
+            "task": conversation.task,
+            "category": conversation.category,
+            "language": conversation.language,
+            "template": template_name(decoder.tokenizer),
+            "turn": turn,
+            "pass": number,
+            "batch_size": decoder.batch_size,
+            "concurrent": self.job.concurrent,
+            "equal_to_plain": result.tokens[at] == plain if comparable and plain is not None else None,
+            **result.trace.requests[at].as_row(),
+        }
+
+

@@ -1,0 +1,128 @@
+"""The answers of specdec.analysis on traces whose truth is known, and that its figures draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from synthetic_trace import TASKS, row, rows, step_seconds, write_trace
+
+from specdec import analysis
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_trace(tmp_path_factory.mktemp("runs") / "run", rows(10, 120))
+
+
+@pytest.fixture(scope="module")
+def frame(run: Path) -> pd.DataFrame:
+    return analysis.load(run)
+
+
+def true_speedup(rate: float, depth: int, propose: float) -> float:
+    """Tokens per second of a chain of this depth over that of no drafting, by the law of the synthetic trace."""
+    tau = sum(rate**i for i in range(depth + 1))
+    return tau / step_seconds(depth, propose)["step_seconds"] * step_seconds(0, 0.0)["step_seconds"]
+
+
+def test_best_drafter_names_the_winner_and_its_margin(frame: pd.DataFrame) -> None:
+    best = analysis.best_drafter(analysis.summary(frame)).set_index("task")
+    assert best["drafter"].tolist() == ["ngram"] * 4  # the same acceptance for less time
+    assert best["runner_up"].tolist() == ["draft_model"] * 4
+    assert best["beats_plain"].all()
+    assert best["beats_runner_up"].all()
+
+
+def test_no_drafting_wins_where_drafts_cost_more_than_they_give(tmp_path: Path) -> None:
+    slow = {"step_seconds": [1.0] * 2, "propose_seconds": [0.9] * 2}
+    trace = [one for r in range(3) for one in (row("none", r, [0] * 3, 0), row("d", r, [1, 0], 1, **slow))]
+    best = analysis.best_drafter(analysis.summary(analysis.load(write_trace(tmp_path, trace))))
+    assert best["drafter"].tolist() == ["none", "none"]
+    assert not best["beats_plain"].any()
+    assert best["beats_runner_up"].all()
+
+
+def test_a_lossy_method_competes_only_when_asked(frame: pd.DataFrame) -> None:
+    table = analysis.summary(frame.assign(lossless=frame["drafter"] != "ngram"))
+    strict = analysis.best_drafter(table).set_index("task")["drafter"]
+    assert strict["code"] == "draft_model"
+    assert set(strict) <= {"draft_model", "none"}
+    assert set(analysis.best_drafter(table, lossless_only=False)["drafter"]) == {"ngram (lossy)"}
+
+
+@pytest.mark.parametrize(("drafter", "propose"), [("ngram", 0.0002), ("draft_model", 0.004)])
+def test_expected_speedup_finds_the_cost_law(frame: pd.DataFrame, drafter: str, propose: float) -> None:
+    expected = analysis.expected_speedup(frame)
+    expected = expected[expected["drafter"] == drafter]
+    for task, rate in TASKS.items():
+        found = expected[expected["task"] == task].set_index("num_drafts")["speedup"]
+        assert found.index.tolist() == [0, 1, 2, 3, 4]
+        for depth in range(5):
+            assert found[depth] == pytest.approx(true_speedup(rate, depth, propose), rel=0.12)
+
+
+def test_best_num_drafts_is_the_optimum_of_the_law(frame: pd.DataFrame) -> None:
+    best = analysis.best_num_drafts(analysis.expected_speedup(frame)).set_index(["drafter", "task"])["num_drafts"]
+    for task, rate in TASKS.items():
+        truth = {depth: true_speedup(rate, depth, 0.004) for depth in range(5)}
+        assert truth[best["draft_model", task]] == pytest.approx(max(truth.values()), rel=0.03)
+    assert best["draft_model", "chat"] < best["draft_model", "code"]
+
+
+def test_the_depth_measured_is_predicted_as_measured(frame: pd.DataFrame) -> None:
+    expected = analysis.expected_speedup(frame).query("drafter == 'draft_model' and task == 'code' and num_drafts == 4")
+    measured = analysis.summary(frame).query("drafter == 'draft_model' and task == 'code'")
+    assert expected["tau"].iloc[0] == pytest.approx(measured["tau"].iloc[0])
+    assert expected["speedup"].iloc[0] == pytest.approx(measured["speedup"].iloc[0], rel=0.05)
+
+
+def test_a_trace_without_a_drafter_has_no_draft_length(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no drafter but 'none'"):
+        analysis.expected_speedup(analysis.load(write_trace(tmp_path, [row("none", 0, [0], 0)])))
+
+
+def test_runs_stay_apart(run: Path, tmp_path: Path) -> None:
+    other = write_trace(tmp_path / "other", rows(2, 20))
+    table = analysis.summary(analysis.load([run, other]))
+    alone = analysis.summary(analysis.load(other))
+    pd.testing.assert_series_equal(
+        table.loc[table["run"] == "other", "speedup"].reset_index(drop=True), alone["speedup"]
+    )
+    with pytest.raises(ValueError, match="repeat"):
+        analysis.load([run, run])
+
+
+def test_figures_draw(run: Path, frame: pd.DataFrame, tmp_path: Path) -> None:
+    table = analysis.summary(frame)
+    figures = [
+        analysis.plot_speedup(table),
+        analysis.plot_acceptance(frame, task="code"),
+        analysis.plot_steps(frame),
+        analysis.plot_breakdown(frame),
+    ]
+    for number, figure in enumerate(figures):
+        assert isinstance(figure, Figure)
+        figure.savefig(tmp_path / f"{number}.png")
+    speed = figures[0].axes[0]
+    assert "95% interval" in speed.get_xlabel()
+    assert speed.get_yticklabels()[0].get_text() == "chat (n=10)"
+    points = speed.lines[0].get_xdata()
+    assert sorted(points) == pytest.approx(sorted(table.query("drafter == 'ngram'")["speedup"]))
+
+
+def test_a_shared_machine_gives_no_answer_about_time(frame: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="one run at a time"):
+        analysis.expected_speedup(frame.assign(concurrent=True))
+    assert analysis.best_drafter(analysis.summary(frame.assign(concurrent=True))).empty
+
+
+@pytest.mark.parametrize("drafters", [["none"], ["none", "ngram"], ["ngram"]])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_picture_of_the_smallest_run(tmp_path: Path, drafters: list[str], shared: bool) -> None:
+    trace = [row(name, 0, [0], 0 if name == "none" else 2, concurrent=shared) for name in drafters]
+    write_trace(tmp_path, trace)
+    assert analysis.picture(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.part"))

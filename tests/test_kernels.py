@@ -1,0 +1,346 @@
+"""The compiled CPU kernels against the torch reference and f64, on odd shapes, and the bits they promise not to change.
+
+Shapes: M tokens, N outputs, K inputs, B rows, T tokens a row, H query heads, G KV heads, S slots, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+from torch import Tensor
+
+from specdec.kernels import reference
+from specdec.kernels.cpu import linear as products
+from specdec.kernels.cpu import ops, simd
+from specdec.types import DraftTree, ModelInputs
+
+DTYPES = [torch.float32, torch.bfloat16]
+WIDEST = 20
+EPS = 1e-5
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def error(value: Tensor, wanted: Tensor) -> float:
+    """Largest difference as a share of the largest wanted magnitude."""
+    assert value.shape == wanted.shape
+    return float((value.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+# Inputs rounded to bf16 may differ by a unit where the norms differ in their last f32 bit; the reference also rounds
+# its bf16 results. Products of inputs that are given in bf16 are held to f64.
+NEAR = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+EXACT = 5e-6  # one chain of f32 sums over K
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 16), (31, 48), (33, 16), (64, 80), (259, 192), (96, 1040)])
+def test_norm_linear(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    weight, norm = randn(outputs, inputs, seed=1, dtype=dtype), 1 + 0.3 * randn(inputs, seed=2)
+    packed = ops.pack(weight)
+    for tokens in range(1, WIDEST + 1):
+        x = 3 * randn(tokens, inputs, seed=tokens)
+        result = ops.norm_linear(x, norm, EPS, packed)
+        assert result.dtype == torch.float32
+        assert error(result, reference.norm_linear(x, norm, EPS, weight)) < NEAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "inputs"), [(16, 16), (48, 32), (160, 208)])
+def test_norm_swiglu(dtype: torch.dtype, inner: int, inputs: int) -> None:
+    weight, norm = randn(2 * inner, inputs, seed=1, dtype=dtype), 1 + 0.3 * randn(inputs, seed=2)
+    packed = ops.pack(weight, swiglu=True)
+    for tokens in range(1, WIDEST + 1):
+        x = randn(tokens, inputs, seed=tokens)
+        result = ops.norm_swiglu(x, norm, EPS, packed)
+        assert result.dtype == dtype
+        assert error(result, reference.norm_swiglu(x, norm, EPS, weight)) < 2 * NEAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 16), (33, 48), (160, 192), (250, 1040)])
+def test_add_linear_in_f64(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    weight = randn(outputs, inputs, seed=1, dtype=dtype)
+    packed = ops.pack(weight)
+    for tokens in range(1, WIDEST + 1):
+        x, residual = randn(tokens, inputs, seed=tokens, dtype=dtype), randn(tokens, outputs, seed=50 + tokens)
+        wanted = residual.double() + x.double() @ weight.double().T
+        near = residual.clone()
+        reference.add_linear(near, x, weight)
+        ops.add_linear(residual, x, packed)
+        assert error(residual, wanted) < EXACT
+        assert error(residual, near) < NEAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_f32_inputs_are_rounded_to_the_weights(dtype: torch.dtype) -> None:
+    """Without a norm the product only converts, to nearest, ties to even."""
+    weight = randn(40, 32, seed=1, dtype=dtype)
+    x = torch.cat([randn(6, 32, seed=2), torch.full((1, 32), 1 + 2**-8), torch.full((1, 32), 1 + 3 * 2**-8)])
+    result = products.linear(x, ops.pack(weight), torch.empty(8, 40))
+    assert error(result, x.to(dtype).double() @ weight.double().T) < EXACT
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("inputs", [16, 48, 336])
+def test_rms_norm(inputs: int, scale: float) -> None:
+    """An identity matrix lets the norm through."""
+    x, norm = scale * randn(5, inputs, seed=1), 1 + 0.3 * randn(inputs, seed=2)
+    wide = x.double()
+    wanted = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * norm
+    result = ops.norm_linear(x, norm, EPS, ops.pack(torch.eye(inputs)))
+    assert ((result - wanted).abs() <= 1e-6 * wanted.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_company(dtype: torch.dtype) -> None:
+    """A token alone, in every tile width, and in a product of several tiles."""
+    x, norm, residual = randn(WIDEST, 192, seed=1), 1 + 0.3 * randn(192, seed=2), randn(WIDEST, 259, seed=3)
+    plain, gated = (
+        ops.pack(randn(259, 192, seed=4, dtype=dtype)),
+        ops.pack(randn(96, 192, seed=5, dtype=dtype), swiglu=True),
+    )
+
+    def run(first: int, last: int) -> list[Tensor]:
+        rows, added = x[first:last].contiguous(), residual[first:last].clone()
+        ops.add_linear(added, rows.to(dtype), plain)
+        return [ops.norm_linear(rows, norm, EPS, plain), ops.norm_swiglu(rows, norm, EPS, gated), added]
+
+    whole = run(0, WIDEST)
+    for width in range(1, WIDEST):
+        for part, full in zip(run(1, 1 + width), whole, strict=True):
+            assert torch.equal(part, full[1 : 1 + width]), width
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [1, 33, 259])
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype, outputs: int) -> None:
+    x, norm, weight = randn(5, 192, seed=1), 1 + 0.3 * randn(192, seed=2), ops.pack(randn(outputs, 192, dtype=dtype))
+    two = ops.norm_linear(x, norm, EPS, weight)
+    torch.set_num_threads(1)
+    assert torch.equal(two, ops.norm_linear(x, norm, EPS, weight))
+
+
+@pytest.mark.parametrize(
+    ("weight", "swiglu", "message"),
+    [
+        (torch.zeros(32, 16, dtype=torch.float16), False, "bfloat16 or float32, got torch.float16"),
+        (torch.zeros(32, 15, dtype=torch.bfloat16), False, "an even number of inputs, got 15"),
+        (torch.zeros(40, 16), True, "a multiple of 16, got 20"),
+    ],
+)
+def test_pack_refuses(weight: Tensor, swiglu: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.pack(weight, swiglu=swiglu)
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+
+@njit  # type: ignore[misc]
+def exp_all(x, out, vectors):  # type: ignore[no-untyped-def]
+    for i in range(vectors):
+        simd.store_f32(out + 64 * i, simd.exp(simd.load_f32(x + 64 * i)))
+
+
+def compiled_exp(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    exp_all(x.data_ptr(), out.data_ptr(), x.numel() // 16)
+    return out
+
+
+def test_exp() -> None:
+    """Relative error below 2e-7 over the whole range, and clamped outside of it."""
+    x = torch.linspace(-87, 88, 1 << 18)
+    wanted = x.double().exp()
+    assert float(((compiled_exp(x).double() - wanted) / wanted).abs().max()) < 2e-7
+    ends = torch.tensor([0.0, -torch.inf, torch.inf, -200.0, 200.0, -0.0] + [1.0] * 10)
+    limits = torch.tensor(
+        [1.0, np.exp(-87.0), np.exp(88.0), np.exp(-87.0), np.exp(88.0), 1.0] + [np.e] * 10, dtype=torch.float32
+    )
+    assert torch.allclose(compiled_exp(ends), limits, rtol=3e-7, atol=0)
+
+
+def tile_driver(tokens: int, kind: str) -> Any:
+    tile = simd.make_tile(tokens, kind)
+
+    @njit  # type: ignore[misc]
+    def run(panel, x, x_stride, steps, out):  # type: ignore[no-untyped-def]
+        tile(panel, x, x_stride, steps, out, 128)
+
+    return run
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_both_bf16_tiles(tokens: int) -> None:
+    """Pair products of the processor and plain multiply-adds: each is near f64, so they are near one another."""
+    weight, x = randn(32, 400, seed=1, dtype=torch.bfloat16), randn(tokens, 400, seed=2, dtype=torch.bfloat16)
+    data = ops.pack(weight).data
+    wanted = x.double() @ weight.double().T
+    for kind in ["bf16_fma", "bf16_dot"] if simd.has_bf16_dot() else ["bf16_fma"]:
+        out = torch.empty(tokens, 32)
+        tile_driver(tokens, kind)(data.data_ptr(), x.data_ptr(), 2 * 400, 200, out.data_ptr())
+        assert error(out, wanted) < EXACT, kind
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+SLOTS = 61
+HEADS = [(6, 2, 32), (4, 4, 64), (3, 1, 96)]
+PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6]
+NEAR_ATTENTION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def rotary(size: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(SLOTS + 10)[:, None] * 10_000.0 ** (-torch.arange(size // 2) / (size // 2))
+    return angle.cos().contiguous(), angle.sin().contiguous()
+
+
+def chain_inputs(prefixes: list[int], tokens: int, offset: int = 0) -> ModelInputs:
+    prefix = torch.tensor(prefixes, dtype=torch.int32)
+    positions = prefix[:, None] + offset + torch.arange(tokens, dtype=torch.int32)
+    return ModelInputs(torch.zeros(positions.shape, dtype=torch.int64), positions.contiguous(), prefix, None, offset)
+
+
+def tree_inputs(prefixes: list[int], first: int = 0) -> ModelInputs:
+    """Nodes of PARENTS from `first` on; those before it are in the cache already."""
+    batch = len(prefixes)
+    parents = torch.tensor(PARENTS, dtype=torch.int32).expand(batch, -1)
+    tree = DraftTree(torch.zeros(parents.shape, dtype=torch.int64), parents, torch.full((batch,), 8), 4)
+    paths = tree.paths()[:, first:].contiguous()
+    prefix = torch.tensor(prefixes, dtype=torch.int32)
+    positions = (prefix[:, None] + (paths >= 0).sum(-1) - 1).int().contiguous()
+    return ModelInputs(tree.tokens[:, first:], positions, prefix, paths, first)
+
+
+class Case:
+    """Random projections and a cache whose unwritten slots hold `garbage`."""
+
+    def __init__(self, inputs: ModelInputs, shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> None:
+        self.heads, groups, size = shape
+        batch, tokens = inputs.tokens.shape
+        self.inputs = inputs
+        self.qkv = 2 * randn(batch * tokens, (self.heads + 2 * groups) * size, seed=seed)
+        self.keys = randn(batch, groups, SLOTS, size, seed=seed + 1, dtype=dtype)
+        self.values = randn(batch, groups, SLOTS, size, seed=seed + 2, dtype=dtype)
+        self.angles = rotary(size)
+
+    def run(self, module: Any, garbage: float = 7.0, rope: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Output and the cache it leaves behind, on copies."""
+        keys, values = self.keys.clone(), self.values.clone()
+        first = self.inputs.prefix_lens + self.inputs.offset
+        empty = (torch.arange(SLOTS) >= first[:, None])[:, None, :, None]
+        keys.masked_fill_(empty, garbage)
+        values.masked_fill_(empty, garbage)
+        return module.attention(self.qkv.clone(), keys, values, self.inputs, *self.angles, rope), keys, values
+
+
+def check(case: Case, rope: bool = True) -> None:
+    """The compiled kernel, with NaN in every slot nobody may see, against the reference."""
+    dtype = case.keys.dtype
+    result, keys, values = case.run(ops, torch.nan, rope)
+    wanted, wanted_keys, wanted_values = case.run(reference, 7.0, rope)
+    assert result.dtype == dtype
+    assert error(result, wanted) < NEAR_ATTENTION[dtype]
+    written = ~keys.isnan()
+    assert torch.equal(written, ~values.isnan())
+    assert error(keys[written], wanted_keys[written]) < NEAR_ATTENTION[dtype]
+    assert torch.equal(values[written], wanted_values[written])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        chain_inputs([0], 1),
+        chain_inputs([0, 15, 16, 40], 1),
+        chain_inputs([33, 0, 7], 20),
+        chain_inputs([5, 30], 3, offset=2),
+        tree_inputs([0, 17, 50]),
+        tree_inputs([31, 4], first=3),
+        tree_inputs([12], first=1),
+    ],
+    ids=["first", "decode", "chain", "chain-offset", "tree", "tree-offset", "level"],
+)
+def test_attention(inputs: ModelInputs, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(Case(inputs, shape, dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.integers(1, 17), st.integers(0, 3), st.booleans())
+def test_attention_on_any_chain(prefixes: list[int], tokens: int, offset: int, rope: bool) -> None:
+    check(Case(chain_inputs(prefixes, tokens, offset), HEADS[0], torch.float32, seed=tokens), rope)
+
+
+def test_attention_without_rope_differs() -> None:
+    """Negative control for the switch."""
+    case = Case(chain_inputs([9], 4), HEADS[0], torch.float32)
+    check(case, rope=False)
+    assert error(case.run(ops, rope=False)[0], case.run(ops)[0]) > 0.01
+
+
+def test_the_check_sees_a_wrong_path() -> None:
+    """Negative control: one node that hangs on its aunt."""
+    case = Case(tree_inputs([20]), HEADS[0], torch.float32)
+    right = case.run(ops)[0]
+    assert case.inputs.paths is not None
+    assert case.inputs.paths[0, 3, 1] == 1
+    case.inputs.paths[0, 3, 1] = 2
+    wrong = case.run(ops)[0]
+    changed = (wrong != right).any(-1)
+    assert changed.tolist() == [node == 3 for node in range(8)]
+    assert error(wrong, right) > 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [0, 14, 16, 29])
+def test_a_path_has_the_bits_of_a_chain(dtype: torch.dtype, prefix: int) -> None:
+    """Nodes 0, 1, 3, 6, 7 of the tree, equal a chain of the same tokens, and its tokens one by one."""
+    path = [0, 1, 3, 6, 7]
+    tree = Case(tree_inputs([prefix]), HEADS[0], dtype)
+    chain = Case(chain_inputs([prefix], 5), HEADS[0], dtype)
+    chain.qkv, chain.keys, chain.values = tree.qkv[path].clone(), tree.keys, tree.values
+    wanted, keys, values = chain.run(ops)
+    assert torch.equal(tree.run(ops)[0][path], wanted)
+    for i in range(5):
+        single = Case(chain_inputs([prefix + i], 1), HEADS[0], dtype)
+        single.qkv, single.keys, single.values = chain.qkv[i : i + 1].clone(), keys, values
+        assert torch.equal(single.run(ops)[0], wanted[i : i + 1])
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_bits_do_not_depend_on_threads_or_batch(dtype: torch.dtype) -> None:
+    prefixes = [33, 0, 7]
+    case = Case(tree_inputs(prefixes), HEADS[0], dtype)
+    two = case.run(ops)
+    torch.set_num_threads(1)
+    one = case.run(ops)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for row, prefix in enumerate(prefixes):
+        alone = Case(tree_inputs([prefix]), HEADS[0], dtype)
+        alone.qkv, alone.keys, alone.values = (
+            case.qkv[8 * row : 8 * row + 8], case.keys[row : row + 1], case.values[row : row + 1]
+        )  # fmt: skip
+        assert torch.equal(alone.run(ops)[0], one[0][8 * row : 8 * row + 8])
