@@ -129,10 +129,32 @@ def store_scalar(b: Any, address: Any, value: Any) -> None:
     b.store(value, _pointer(b, address, _F32), align=4)
 
 
-@_op(types.void, types.int64, types.int64)
-def store_long(b: Any, address: Any, value: Any) -> None:
-    """One int64."""
-    b.store(value, _pointer(b, address, _I64), align=8)
+@_op(types.float32, types.int64)
+def float_of(b: Any, bits: Any) -> Any:
+    """The f32 whose bits are the lower half of an int64: how kernels take float arguments."""
+    return b.bitcast(b.trunc(bits, _I32), _F32)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@_op(types.int64, types.int64, types.int64)
+def fetch_add(b: Any, address: Any, value: Any) -> Any:
+    """Atomic int64 += value; returns what was there before."""
+    return b.atomic_rmw("add", _pointer(b, address, _I64), value, "seq_cst")
+
+
+@_op(types.int64, types.int64)
+def fetch(b: Any, address: Any) -> Any:
+    """Atomic read of an int64: what was written before it was raised is visible after."""
+    return b.load_atomic(_pointer(b, address, _I64), "acquire", 8)
+
+
+@_op(types.void, types.int64, types.int64, types.int64)
+def call(b: Any, function: Any, args: Any, thread: Any) -> None:
+    """Call a compiled kernel by address: function(int64 *args, int64 thread)."""
+    kind = ir.FunctionType(ir.VoidType(), [_I64.as_pointer(), _I64])
+    b.call(_pointer(b, function, kind), [_pointer(b, args, _I64), thread])
 
 
 @_op(vec, types.int64)
