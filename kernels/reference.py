@@ -5,6 +5,8 @@ M = B * T tokens, K inputs, N outputs, H query heads, G KV heads, E head size, S
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,3 +84,14 @@ def attention(
     all_keys, all_values = (c.float()[:, :, None].expand(shape).flatten(1, 2) for c in (keys, values))
     out = F.scaled_dot_product_attention(q.transpose(1, 2), all_keys, all_values.nan_to_num(), attn_mask=mask)
     return out.transpose(1, 2).reshape(batch * tokens, heads * size).to(keys.dtype)
+
+
+class Replay:
+    """Runs a stretch of operations on the residual stream in place; backends that can, record it and play it back."""
+
+    def __call__(
+        self, key: Hashable, stretch: Callable[[Tensor, ModelInputs], None], x: Tensor, inputs: ModelInputs
+    ) -> Tensor:
+        """Apply `stretch` to x f32 [M, K] and return the stream."""
+        stretch(x, inputs)
+        return x

@@ -9,15 +9,13 @@ Shapes: B rows, T tokens a row, H query heads, G KV heads, S slots, E head size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from specdec.kernels.cpu import simd
-from specdec.kernels.cpu.linear import aligned_empty
-from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, check_real, thread_num
+from specdec.kernels.cpu.memory import aligned_empty
+from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, bits_of, check_real, finish, take
 from specdec.types import ModelInputs
 
 _NEG_INF = float("-inf")
@@ -39,36 +37,45 @@ def _store(address, value, bf16):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")  # type: ignore[misc]
-def _rope_append(a, thread):  # type: ignore[no-untyped-def]
-    """Items are (token, head): rotate q in place, rotate k into its slot, copy v into its slot."""
-    threads, qkv, qkv_stride, rows, per_row = a[0], a[1], a[2], a[3], a[4]
-    positions, prefix_lens, offset, cos, sin = a[5], a[6], a[7], a[8], a[9]
-    keys, values, row_stride, head_stride = a[10], a[11], a[12], a[13]
-    heads, groups, size, bf16, rope = a[14], a[15], a[16], a[17] == 1, a[18] == 1
+def _rope_item(a, item):  # type: ignore[no-untyped-def]
+    """Rotate one head of one token in place (q) or into its slot (k), or copy it there (v)."""
+    qkv, qkv_stride, per_row = a[3], a[4], a[6]
+    positions, prefix_lens, offset, cos, sin = a[7], a[8], a[9], a[10], a[11]
+    keys, values, row_stride, head_stride = a[12], a[13], a[14], a[15]
+    heads, groups, size, bf16, rope = a[16], a[17], a[18], a[19] == 1, a[20] == 1
     width = 2 if bf16 else 4
-    vectors, half = size // 16, size // 32
-    per_token = heads + 2 * groups
-    for item in range(thread, rows * per_row * per_token, threads):
-        token, head = item // per_token, item % per_token
-        source = qkv + qkv_stride * token + 4 * size * head
-        target, as_bf16, scale = source, False, 4
-        if head >= heads:
-            row = token // per_row
-            slot = simd.load_int(prefix_lens + 4 * row) + offset + token % per_row
-            cache = keys if head < heads + groups else values
-            group = (head - heads) % groups
-            target = cache + row_stride * row + head_stride * group + slot * size * width
-            as_bf16, scale = bf16, width
-        if head < heads + groups and rope:
-            angle = 4 * half * 16 * simd.load_int(positions + 4 * token)
-            for i in range(half):
-                c, s = simd.load_f32(cos + angle + 64 * i), simd.load_f32(sin + angle + 64 * i)
-                x, y = simd.load_f32(source + 64 * i), simd.load_f32(source + 64 * (i + half))
-                _store(target + 16 * scale * i, simd.sub(simd.mul(x, c), simd.mul(y, s)), as_bf16)
-                _store(target + 16 * scale * (i + half), simd.add(simd.mul(y, c), simd.mul(x, s)), as_bf16)
-        elif head >= heads:
-            for i in range(vectors):
-                _store(target + 16 * scale * i, simd.load_f32(source + 64 * i), as_bf16)
+    half = size // 32
+    token, head = item // (heads + 2 * groups), item % (heads + 2 * groups)
+    source = qkv + qkv_stride * token + 4 * size * head
+    target, as_bf16, scale = source, False, 4
+    if head >= heads:
+        row = token // per_row
+        slot = simd.load_int(prefix_lens + 4 * row) + offset + token % per_row
+        cache = keys if head < heads + groups else values
+        target = cache + row_stride * row + head_stride * ((head - heads) % groups) + slot * size * width
+        as_bf16, scale = bf16, width
+    if head < heads + groups and rope:
+        angle = 4 * half * 16 * simd.load_int(positions + 4 * token)
+        for i in range(half):
+            c, s = simd.load_f32(cos + angle + 64 * i), simd.load_f32(sin + angle + 64 * i)
+            x, y = simd.load_f32(source + 64 * i), simd.load_f32(source + 64 * (i + half))
+            _store(target + 16 * scale * i, simd.sub(simd.mul(x, c), simd.mul(y, s)), as_bf16)
+            _store(target + 16 * scale * (i + half), simd.add(simd.mul(y, c), simd.mul(x, s)), as_bf16)
+    elif head >= heads:
+        for i in range(2 * half):
+            _store(target + 16 * scale * i, simd.load_f32(source + 64 * i), as_bf16)
+
+
+@njit(error_model="numpy")  # type: ignore[misc]
+def _rope_append(a, thread):  # type: ignore[no-untyped-def]
+    """Items are (token, head)."""
+    items = a[5] * a[6] * (a[16] + 2 * a[17])
+    chunk = take(a)
+    while chunk < a[1]:
+        for item in range(chunk * a[2], min((chunk + 1) * a[2], items)):
+            _rope_item(a, item)
+        finish(a)
+        chunk = take(a)
 
 
 @njit(error_model="numpy")  # type: ignore[misc]
@@ -120,62 +127,60 @@ def _mix_values(scores, values, slots, prefix, count, size, total, out, bf16):  
 
 
 @njit(error_model="numpy")  # type: ignore[misc]
-def _attention(a, thread):  # type: ignore[no-untyped-def]
-    """Items are (row, token, head). Scores lie in position order whatever the slots."""
-    threads, q, q_stride, rows, per_row = a[0], a[1], a[2], a[3], a[4]
-    prefix_lens, offset, paths, path_len = a[5], a[6], a[7], a[8]
-    keys, values, row_stride, head_stride = a[9], a[10], a[11], a[12]
-    heads, groups, size, bf16 = a[13], a[14], a[15], a[16] == 1
-    out, out_stride, scratch, scratch_stride = a[17], a[18], a[19], a[20]
-    scale = simd.load_scalar(a[21])
+def _attention_item(a, item, scores):  # type: ignore[no-untyped-def]
+    """One head of one token. Scores lie in position order whatever the slots."""
+    q, q_stride, per_row, prefix_lens, offset, paths, path_len = a[3], a[4], a[6], a[7], a[8], a[9], a[10]
+    keys, values, row_stride, head_stride = a[11], a[12], a[13], a[14]
+    heads, groups, size, bf16 = a[15], a[16], a[17], a[18] == 1
+    scale = simd.float_of(a[23])
     width = 2 if bf16 else 4
     vectors = size // 16
-    scores = scratch + scratch_stride * thread
-    for item in range(thread, rows * per_row * heads, threads):
-        token, head = item // heads, item % heads
-        row = token // per_row
-        prefix = simd.load_int(prefix_lens + 4 * row)
-        here = row_stride * row + head_stride * (head // (heads // groups))
-        query = q + q_stride * token + 4 * size * head
-        slots, count = types.int64(0), prefix + offset + token % per_row + 1
-        contiguous = count
-        if paths != 0:
-            slots, count, contiguous = paths + 4 * path_len * token, prefix, prefix
-            while count - prefix < path_len and simd.load_int(slots + 4 * (count - prefix)) >= 0:
-                count += 1
-        for j in range(contiguous):
-            dot = _dot(query, keys + here + j * size * width, vectors, bf16)
-            simd.store_scalar(scores + 4 * j, dot * scale)
-        for j in range(contiguous, count):
-            slot = prefix + simd.load_int(slots + 4 * (j - prefix))
-            dot = _dot(query, keys + here + slot * size * width, vectors, bf16)
-            simd.store_scalar(scores + 4 * j, dot * scale)
-        total = _softmax(scores, count)
-        target = out + out_stride * token + size * width * head
-        _mix_values(scores, values + here, slots, prefix, count, size, total, target, bf16)
+    token, head = item // heads, item % heads
+    row = token // per_row
+    prefix = simd.load_int(prefix_lens + 4 * row)
+    here = row_stride * row + head_stride * (head // (heads // groups))
+    query = q + q_stride * token + 4 * size * head
+    slots, count = types.int64(0), prefix + offset + token % per_row + 1
+    contiguous = count
+    if paths != 0:
+        slots, count, contiguous = paths + 4 * path_len * token, prefix, prefix
+        while count - prefix < path_len and simd.load_int(slots + 4 * (count - prefix)) >= 0:
+            count += 1
+    for j in range(contiguous):
+        dot = _dot(query, keys + here + j * size * width, vectors, bf16)
+        simd.store_scalar(scores + 4 * j, dot * scale)
+    for j in range(contiguous, count):
+        slot = prefix + simd.load_int(slots + 4 * (j - prefix))
+        dot = _dot(query, keys + here + slot * size * width, vectors, bf16)
+        simd.store_scalar(scores + 4 * j, dot * scale)
+    total = _softmax(scores, count)
+    target = a[19] + a[20] * token + size * width * head
+    _mix_values(scores, values + here, slots, prefix, count, size, total, target, bf16)
 
 
-_SIGNATURE = types.void(types.CPointer(types.int64))
-_SINGLE = types.void(types.CPointer(types.int64), types.int64)
+@njit(error_model="numpy")  # type: ignore[misc]
+def _attention(a, thread):  # type: ignore[no-untyped-def]
+    """Items are (row, token, head); the last ones, which see most keys, are taken first."""
+    items, scores = a[5] * a[6] * a[15], a[21] + a[22] * thread
+    chunk = take(a)
+    while chunk < a[1]:
+        behind = items - chunk * a[2]
+        for item in range(max(0, behind - a[2]), behind):
+            _attention_item(a, item, scores)
+        finish(a)
+        chunk = take(a)
+
+
+_SIGNATURE = types.void(types.CPointer(types.int64), types.int64)
 
 
 @cfunc(_SIGNATURE, error_model="numpy", cache=True)  # type: ignore[misc]
-def _rope_entry(args):  # type: ignore[no-untyped-def]
-    _rope_append(carray(args, (MAX_ARGS,)), thread_num())
-
-
-@cfunc(_SINGLE, error_model="numpy", cache=True)  # type: ignore[misc]
-def _rope_single(args, thread):  # type: ignore[no-untyped-def]
+def _rope_kernel(args, thread):  # type: ignore[no-untyped-def]
     _rope_append(carray(args, (MAX_ARGS,)), thread)
 
 
 @cfunc(_SIGNATURE, error_model="numpy", cache=True)  # type: ignore[misc]
-def _attention_entry(args):  # type: ignore[no-untyped-def]
-    _attention(carray(args, (MAX_ARGS,)), thread_num())
-
-
-@cfunc(_SINGLE, error_model="numpy", cache=True)  # type: ignore[misc]
-def _attention_single(args, thread):  # type: ignore[no-untyped-def]
+def _attention_kernel(args, thread):  # type: ignore[no-untyped-def]
     _attention(carray(args, (MAX_ARGS,)), thread)
 
 
@@ -183,13 +188,20 @@ class Attention:
     """Launcher of both kernels: holds the scratch memory of the threads."""
 
     def __init__(self) -> None:
-        self._rope = Kernel(_rope_entry, _rope_single)
-        self._attention = Kernel(_attention_entry, _attention_single)
+        self._rope = Kernel(_rope_kernel)
+        self._attention = Kernel(_attention_kernel)
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._scale = torch.zeros(1)
 
     def __call__(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, inputs: ModelInputs, cos: Tensor, sin: Tensor, rope: bool, out: Tensor
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        inputs: ModelInputs,
+        cos: Tensor,
+        sin: Tensor,
+        rope: bool,
+        out: Tensor,
     ) -> Tensor:
         """Rotate, append and attend. qkv f32 [B*T, (H+2G)*E] (q is overwritten), out [B*T, H*E] in the cache's dtype.
 
@@ -207,21 +219,23 @@ class Attention:
         stride = 64 * ((slots + 15) // 16)
         if self._scratch.numel() < stride * torch.get_num_threads():
             self._scratch = aligned_empty(stride * torch.get_num_threads(), torch.uint8)
-        self._scale[0] = size**-0.5
         item = keys.element_size()
         cache = (keys.data_ptr(), values.data_ptr(), keys.stride(0) * item, keys.stride(1) * item)
         prefix, row_bytes = inputs.prefix_lens.data_ptr(), qkv.stride(0) * 4
+        moved, attended = rows * per_row * (heads + 2 * groups), rows * per_row * heads
+        moved_each, attended_each = max(16, moved // 64), max(1, attended // 64)
         self._rope(
-            qkv.data_ptr(), row_bytes, rows, per_row, inputs.positions.data_ptr(), prefix, inputs.offset,
+            moved_each, qkv.data_ptr(), row_bytes, rows, per_row, inputs.positions.data_ptr(), prefix, inputs.offset,
             cos.data_ptr(), sin.data_ptr(), *cache, heads, groups, size, bf16, int(rope),
+            chunks=-(-moved // moved_each), keep=(qkv, inputs.positions, inputs.prefix_lens, cos, sin),
         )  # fmt: skip
         paths, path_len = (0, 0) if inputs.paths is None else (inputs.paths.data_ptr(), inputs.paths.shape[2])
         self._attention(
-            qkv.data_ptr(), row_bytes, rows, per_row, prefix, inputs.offset, paths, path_len, *cache,
+            attended_each, qkv.data_ptr(), row_bytes, rows, per_row, prefix, inputs.offset, paths, path_len, *cache,
             heads, groups, size, bf16, out.data_ptr(), out.stride(0) * item, self._scratch.data_ptr(), stride,
-            self._scale.data_ptr(),
+            bits_of(size**-0.5), chunks=-(-attended // attended_each), keep=(self._scratch, keys, values, out),
         )  # fmt: skip
         return out
 
 
-attention: Any = Attention()
+attention = Attention()

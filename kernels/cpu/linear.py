@@ -8,20 +8,20 @@ the weights. An output is a single chain of sums over K: its bits do not depend 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from specdec.kernels.cpu import simd
-from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, check_real, thread_num
+from specdec.kernels.cpu.memory import aligned_empty, weight_empty
+from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, bits_of, check_real, finish, take
 
 PANEL = 32
 STORE, ADD, SWIGLU = 0, 1, 2
 _KIND = "bf16_dot" if simd.has_bf16_dot() else "bf16_fma"
 _b1, _b2, _b3, _b4, _b5, _b6, _b7, _b8 = (simd.make_tile(m, _KIND) for m in range(1, 9))
 _f1, _f2, _f3, _f4, _f5, _f6, _f7, _f8 = (simd.make_tile(m, "f32") for m in range(1, 9))
+_CHUNKS = 64  # of a product with many panels; few enough that taking them costs nothing
 _TOKENS = 8  # of one tile: 16 accumulators and what feeds them fit the vector registers
 
 
@@ -34,14 +34,6 @@ class PackedLinear:
     inputs: int
     dtype: torch.dtype
     swiglu: bool = False  # rows are [gate; up], interleaved by 16
-
-
-def aligned_empty(numel: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised 1-D tensor that starts at a cache line."""
-    size = numel * dtype.itemsize
-    raw = torch.empty(size + 64, dtype=torch.uint8)
-    start = -raw.data_ptr() % 64
-    return raw[start : start + size].view(dtype)
 
 
 def pack(weight: Tensor, swiglu: bool = False) -> PackedLinear:
@@ -60,7 +52,7 @@ def pack(weight: Tensor, swiglu: bool = False) -> PackedLinear:
     else:
         weight = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
     panels = weight.view(-1, PANEL, inputs // pair, pair).transpose(1, 2)
-    data = aligned_empty(panels.numel(), weight.dtype)
+    data = weight_empty(panels.numel(), weight.dtype)
     data.view(panels.shape).copy_(panels)
     return PackedLinear(data, outputs, inputs, weight.dtype, swiglu)
 
@@ -155,13 +147,16 @@ def _finish(tile, tokens, out, out_stride, first, outputs, epilogue, bf16):  # t
 
 @njit(error_model="numpy")  # type: ignore[misc]
 def _linear(a, thread):  # type: ignore[no-untyped-def]
-    """Every thread prepares all inputs for itself (cheap, and nobody waits), then takes its share of the panels."""
-    threads, data, outputs, inputs, tokens = a[0], a[1], a[2], a[3], a[4]
-    x, x_stride, norm, scratch, scratch_size = a[5], a[6], a[7], a[8], a[9]
-    out, out_stride, epilogue, bf16, convert = a[10], a[11], a[12], a[13] == 1, a[14] == 1
+    """A thread prepares all inputs for itself when it takes its first chunk (cheap, and nobody waits)."""
+    chunk = take(a)
+    if chunk >= a[1]:
+        return
+    data, outputs, inputs, tokens, per_chunk = a[2], a[3], a[4], a[5], a[6]
+    x, x_stride, norm, scratch, scratch_size = a[7], a[8], a[9], a[10], a[11]
+    out, out_stride, epilogue, bf16, convert = a[12], a[13], a[14], a[15] == 1, a[16] == 1
     tile = scratch + scratch_size * thread
     if convert:
-        eps = simd.load_scalar(a[15])
+        eps = simd.float_of(a[17])
         ready = tile + 128 * _TOKENS
         ready_stride = inputs * (2 if bf16 else 4)
         for t in range(tokens):
@@ -170,22 +165,20 @@ def _linear(a, thread):  # type: ignore[no-untyped-def]
     width = 16 if epilogue == SWIGLU else PANEL
     panels = (outputs + width - 1) // width
     steps = inputs // 2 if bf16 else inputs
-    for panel in range(panels * thread // threads, panels * (thread + 1) // threads):
-        done = 0
-        while done < tokens:
-            count = min(_TOKENS, tokens - done)
-            _tile(data + panel * steps * 128, x + x_stride * done, x_stride, steps, tile, count, bf16)
-            _finish(tile, count, out + out_stride * done, out_stride, panel * width, outputs, epilogue, bf16)
-            done += count
-
-
-@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)  # type: ignore[misc]
-def _linear_entry(args):  # type: ignore[no-untyped-def]
-    _linear(carray(args, (MAX_ARGS,)), thread_num())
+    while chunk < a[1]:
+        for panel in range(chunk * per_chunk, min((chunk + 1) * per_chunk, panels)):
+            done = 0
+            while done < tokens:
+                count = min(_TOKENS, tokens - done)
+                _tile(data + panel * steps * 128, x + x_stride * done, x_stride, steps, tile, count, bf16)
+                _finish(tile, count, out + out_stride * done, out_stride, panel * width, outputs, epilogue, bf16)
+                done += count
+        finish(a)
+        chunk = take(a)
 
 
 @cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)  # type: ignore[misc]
-def _linear_single(args, thread):  # type: ignore[no-untyped-def]
+def _linear_kernel(args, thread):  # type: ignore[no-untyped-def]
     _linear(carray(args, (MAX_ARGS,)), thread)
 
 
@@ -193,39 +186,45 @@ class Linear:
     """The product's launcher: holds the scratch memory of the threads."""
 
     def __init__(self) -> None:
-        self._kernel = Kernel(_linear_entry, _linear_single)
+        self._kernel = Kernel(_linear_kernel)
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._eps = torch.zeros(1)
 
     def __call__(
-        self, x: Tensor, weight: PackedLinear, out: Tensor, epilogue: int = STORE, norm: Tensor | None = None, eps: float = 0.0
+        self,
+        x: Tensor,
+        weight: PackedLinear,
+        out: Tensor,
+        epilogue: int = STORE,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
     ) -> Tensor:
         """out [M, N] = (STORE) or += (ADD) x [M, K] @ weight.T, or [M, N/2] = silu(gate) * up (SWIGLU).
 
-        With norm f32 [K] the product takes RMSNorm(x) * norm. x is f32 (normalised and rounded here) or already in the weights' dtype. Rows are contiguous.
+        With norm f32 [K] the product takes RMSNorm(x) * norm. x is f32 (normalised and rounded here) or already in the
+        weights' dtype. Rows are contiguous.
         """
         check_real(x)
         bf16 = weight.dtype == torch.bfloat16
         convert = norm is not None or x.dtype != weight.dtype
         tokens = x.shape[0]
-        if convert:
-            assert x.dtype == torch.float32 and weight.inputs % 16 == 0
-            self._eps[0] = eps
+        assert not convert or (x.dtype == torch.float32 and weight.inputs % 16 == 0)
         assert x.shape[1] == weight.inputs
+        assert weight.swiglu == (epilogue == SWIGLU)
         size = 128 * _TOKENS + (tokens * weight.inputs * 4 if convert else 0) + 64
         size += -size % 64
         if self._scratch.numel() < size * torch.get_num_threads():
             self._scratch = aligned_empty(size * torch.get_num_threads(), torch.uint8)
-        assert weight.swiglu == (epilogue == SWIGLU)
         outputs = weight.outputs // 2 if weight.swiglu else weight.outputs
+        panels = -(-outputs // (16 if weight.swiglu else PANEL))
+        per_chunk = max(1, panels // _CHUNKS)
         self._kernel(
-            weight.data.data_ptr(), outputs, weight.inputs, tokens,
+            weight.data.data_ptr(), outputs, weight.inputs, tokens, per_chunk,
             x.data_ptr(), x.stride(0) * x.element_size(), 0 if norm is None else norm.data_ptr(),
-            self._scratch.data_ptr(), size,
-            out.data_ptr(), out.stride(0) * out.element_size(), epilogue, int(bf16), int(convert),
-            self._eps.data_ptr(),
+            self._scratch.data_ptr(), size, out.data_ptr(), out.stride(0) * out.element_size(), epilogue,
+            int(bf16), int(convert), bits_of(eps),
+            chunks=-(-panels // per_chunk), keep=(self._scratch, x, out),
         )  # fmt: skip
         return out
 
 
-linear: Any = Linear()
+linear = Linear()

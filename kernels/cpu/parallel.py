@@ -1,19 +1,32 @@
-"""Run a compiled kernel on all threads, in the OpenMP pool that torch uses already."""
+"""Run kernels on all threads: one at a time, or recorded into a program that replays in a single parallel region.
+
+A kernel's work is cut into chunks that threads take as they come, and a kernel is over when its chunks are, not when every
+thread has arrived: a thread that the operating system has put aside is waited for only if it holds a chunk. Threads are
+those of torch's own OpenMP pool.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 import torch
-from numba import types
+from numba import carray, cfunc, njit, types
+from torch import Tensor
 
-MAX_ARGS = 32
+from specdec.kernels.cpu import simd
+
+MAX_ARGS = 32  # int64 arguments of a kernel; the first two are the address of its counters and its number of chunks
+_SPINS = 2000  # looks at an unfinished kernel before the processor is offered to others
 
 
 @functools.cache
@@ -21,8 +34,8 @@ def _openmp() -> Any:
     """torch's libgomp, or None where torch brings another runtime (macOS, Windows)."""
     if sys.platform != "linux":
         return None
-    found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
-    found += sorted(Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*"))
+    root = Path(torch.__file__).parent
+    found = sorted([*root.glob("lib/libgomp*.so*"), *root.parent.glob("torch.libs/libgomp*.so*")])
     if not found:
         return None
     library = ctypes.CDLL(str(found[0]))
@@ -31,18 +44,98 @@ def _openmp() -> Any:
     return library
 
 
-def _no_thread_number() -> int:
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def _zero() -> int:
     return 0
 
 
-_NUMBER = ctypes.CFUNCTYPE(ctypes.c_int)
-_single = _NUMBER(_no_thread_number)
 _library = _openmp()
-llvm.add_symbol(
-    "specdec_thread_num",
-    ctypes.cast(_library.omp_get_thread_num if _library else _single, ctypes.c_void_p).value,
-)
-thread_num = types.ExternalFunction("specdec_thread_num", types.int32())
+_symbols = {
+    "specdec_thread_num": _library.omp_get_thread_num if _library else _zero,
+    "specdec_give_way": getattr(ctypes.CDLL(None), "sched_yield", _zero) if sys.platform != "win32" else _zero,
+}
+for _name, _function in _symbols.items():
+    llvm.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
+_thread_num = types.ExternalFunction("specdec_thread_num", types.int32())
+_give_way = types.ExternalFunction("specdec_give_way", types.int32())
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+@njit(error_model="numpy")  # type: ignore[misc]
+def take(a):  # type: ignore[no-untyped-def]
+    """The next chunk of a kernel that nobody has taken yet; a[1] or more: none is left."""
+    return simd.fetch_add(a[0], 1)
+
+
+@njit(error_model="numpy")  # type: ignore[misc]
+def finish(a):  # type: ignore[no-untyped-def]
+    """Tell that a chunk is done."""
+    simd.fetch_add(a[0] + 8, 1)
+
+
+@njit(error_model="numpy")  # type: ignore[misc]
+def _execute(header, thread):  # type: ignore[no-untyped-def]
+    """header = [kernels, rows of (function, args, counters, chunks)]: one kernel after the other."""
+    for i in range(header[0]):
+        row = header[1] + 32 * i
+        simd.call(simd.load_long(row), simd.load_long(row + 8), thread)
+        counters, chunks = simd.load_long(row + 16), simd.load_long(row + 24)
+        spins = 0
+        while simd.fetch(counters + 8) < chunks:
+            spins += 1
+            if spins > _SPINS:
+                _give_way()
+
+
+@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)  # type: ignore[misc]
+def _region(header):  # type: ignore[no-untyped-def]
+    _execute(carray(header, (2,)), types.int64(_thread_num()))
+
+
+@cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)  # type: ignore[misc]
+def _member(header, thread):  # type: ignore[no-untyped-def]
+    _execute(carray(header, (2,)), thread)
+
+
+# ---- launching -------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """Kernel launches with their arguments, in order. The tensors they point to must stay where they are."""
+
+    def __init__(self) -> None:
+        self._launches: list[tuple[int, tuple[int, ...], int]] = []
+        self._kept: list[Tensor] = []
+
+    def add(self, function: int, args: tuple[int, ...], chunks: int, keep: tuple[Tensor, ...]) -> None:
+        self._launches.append((function, args, chunks))
+        self._kept += keep
+
+    def seal(self) -> None:
+        """Lay the launches out in memory; `run` may follow any number of times."""
+        count = len(self._launches)
+        self._counters = np.zeros((count, 8), dtype=np.int64)  # a cache line each
+        self._args = np.zeros((count, MAX_ARGS), dtype=np.int64)
+        self._table = np.zeros((count, 4), dtype=np.int64)
+        for i, (function, args, chunks) in enumerate(self._launches):
+            counters = self._counters[i].ctypes.data
+            self._args[i, : len(args) + 2] = (counters, chunks, *args)
+            self._table[i] = (function, self._args[i].ctypes.data, counters, chunks)
+        self._header = np.array([count, self._table.ctypes.data], dtype=np.int64)
+        self._address = self._header.ctypes.data
+
+    def run(self) -> None:
+        """Run the kernels on torch's threads."""
+        self._counters.fill(0)
+        threads = torch.get_num_threads()
+        if _library is not None:
+            _library.GOMP_parallel(_region.address, self._address, threads, 0)
+            return
+        header = ctypes.cast(self._address, ctypes.POINTER(ctypes.c_int64))
+        for job in [_pool(threads).submit(_member.ctypes, header, thread) for thread in range(threads)]:
+            job.result()
 
 
 @functools.cache
@@ -50,32 +143,49 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def check_real(x: torch.Tensor) -> None:
-    """Kernels take addresses; a fake or subclassed tensor has none to give."""
-    if type(x) is not torch.Tensor:
-        raise TypeError(f"a compiled kernel got a {type(x).__name__}, which has no memory: use backend=torch there")
+_recording: Program | None = None
+
+
+@contextmanager
+def record() -> Iterator[Program]:
+    """Launches within are written down instead of run."""
+    global _recording
+    assert _recording is None, "recordings do not nest"
+    program = _recording = Program()
+    try:
+        yield program
+    finally:
+        _recording = None
+    program.seal()
+
+
+def recording() -> bool:
+    return _recording is not None
 
 
 class Kernel:
-    """A compiled kernel: `entry(args)` for OpenMP, `single(args, thread)` for a pool of our own.
+    """A compiled kernel, `function(int64 *args, int64 thread)`: it takes chunks, does them, and tells so."""
 
-    args[0] is the number of threads; the kernel shares its work out by thread number and never waits for another thread.
-    """
+    def __init__(self, function: Any) -> None:
+        self._function = function.address
 
-    def __init__(self, entry: Any, single: Any) -> None:
-        self._entry = entry.address
-        self._single = single.ctypes
-        self._args = (ctypes.c_int64 * MAX_ARGS)()
-        self._address = ctypes.addressof(self._args)
-        self._run = _library.GOMP_parallel if _library else None
-
-    def __call__(self, *args: int) -> None:
-        threads = torch.get_num_threads()
-        self._args[0] = threads
-        self._args[1 : 1 + len(args)] = args
-        if self._run is not None:
-            self._run(self._entry, self._address, threads, 0)
+    def __call__(self, *args: int, chunks: int, keep: tuple[Tensor, ...] = ()) -> None:
+        """Launch, or write down for a program. `keep`: memory of our own that the arguments point to."""
+        if _recording is not None:
+            _recording.add(self._function, args, chunks, keep)
             return
-        jobs = [_pool(threads).submit(self._single, self._args, thread) for thread in range(threads)]
-        for job in jobs:
-            job.result()
+        program = Program()
+        program.add(self._function, args, chunks, keep)
+        program.seal()
+        program.run()
+
+
+def bits_of(value: float) -> int:
+    """A float argument as `simd.float_of` reads it."""
+    return int(struct.unpack("i", struct.pack("f", value))[0])
+
+
+def check_real(x: Tensor) -> None:
+    """Kernels take addresses; a fake or subclassed tensor has none to give."""
+    if type(x) is not Tensor:
+        raise TypeError(f"a compiled kernel got a {type(x).__name__}, which has no memory: use backend=torch there")

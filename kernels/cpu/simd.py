@@ -123,6 +123,12 @@ def load_int(b: Any, address: Any) -> Any:
     return b.load(_pointer(b, address, _I32), align=4)
 
 
+@_op(types.int64, types.int64)
+def load_long(b: Any, address: Any) -> Any:
+    """One int64."""
+    return b.load(_pointer(b, address, _I64), align=8)
+
+
 @_op(types.void, types.int64, types.float32)
 def store_scalar(b: Any, address: Any, value: Any) -> None:
     """One f32."""
@@ -346,7 +352,7 @@ def make_tile(tokens: int, kind: str) -> Any:
         here = b.add(panel, b.mul(k, ir.Constant(_I64, 128)))
         for line in range(2):
             ahead = _pointer(b, b.add(here, ir.Constant(_I64, PREFETCH + 64 * line)), _I8)
-            flags = [ir.Constant(_I32, v) for v in (0, 3, 1)]  # read, keep close, data
+            flags = [ir.Constant(_I32, v) for v in (0, 2, 1)]  # read, into the second cache, data
             _call(b, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
         step = step_of(b, here, x)
         column = b.add(x, b.mul(k, ir.Constant(_I64, 4)))

@@ -93,6 +93,7 @@ class SpeculativeDecoder:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def step(self) -> Acceptance:
         """Propose, verify, accept, commit, observe, advance. Reads nothing on the host (but see `widest_row`)."""
         state = self.state

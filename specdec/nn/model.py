@@ -49,6 +49,7 @@ class DecoderModel(nn.Module):
     def pack(self, ops: Any) -> None:
         """Give the weights to a backend (`kernels.reference`, `kernels.cpu.ops`)."""
         self.ops = ops
+        self.replay = ops.Replay()
         self.embedding = self.model.embed_tokens.weight.data
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head.weight.data
         self.head = ops.pack(head)
@@ -73,15 +74,30 @@ class DecoderModel(nn.Module):
         `layers`: only the first so many (an early exit).
         """
         x = self.embedding[inputs.tokens.reshape(-1)].float()
+        count = len(self.layers) if layers is None else layers
         tapped: dict[int | str, Tensor] = {}
-        for i, layer in enumerate(self.layers[:layers]):
-            layer(x, inputs, cache.keys[i], cache.values[i], self.cos, self.sin)
-            if i in taps:
-                tapped[i] = x.to(self.dtype, copy=True)  # the stream goes on in place
+        start = 0
+        for stop in [*(i + 1 for i in sorted(t for t in taps if isinstance(t, int))), count]:
+            if stop > start:
+                x = self._run(start, stop, x, inputs, cache)
+            if stop - 1 in taps:
+                tapped[stop - 1] = x.to(self.dtype, copy=True)  # the stream goes on in place
+            start = stop
         if "hidden" in taps:
             tapped["hidden"] = reference.rms_norm(x, self.norm, self.config.rms_norm_eps).to(self.dtype)
         features = torch.cat([tapped[tap] for tap in taps], -1) if taps else None
         return x, features
+
+    def _run(self, start: int, stop: int, x: Tensor, inputs: ModelInputs, cache: KVCache) -> Tensor:
+        """Layers start to stop - 1, as one stretch that a backend may record."""
+
+        def stretch(x: Tensor, inputs: ModelInputs) -> None:
+            for i in range(start, stop):
+                self.layers[i](x, inputs, cache.keys[i], cache.values[i], self.cos, self.sin)
+
+        key = (start, stop, cache.keys.data_ptr(), cache.keys.shape, self.cos.shape[0])
+        result: Tensor = self.replay(key, stretch, x, inputs)
+        return result
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream f32 [M, hidden] -> logits f32 [M, V]."""
