@@ -13,6 +13,8 @@ from torch import Tensor
 
 from specdec.types import ModelInputs
 
+KEY_BLOCK = 1  # slots that a block of the key cache holds: plain rows
+
 
 def pack(weight: Tensor, swiglu: bool = False) -> Tensor:
     """Weights [N, K] as the products below take them."""
@@ -71,7 +73,7 @@ def attention(
     batch, tokens = inputs.tokens.shape
     _, groups, slots, size = keys.shape
     heads = qkv.shape[1] // size - 2 * groups
-    q, k, v = qkv.view(batch, tokens, -1, size).split([heads, groups, groups], 2)
+    q, k, v = torch.split(qkv.view(batch, tokens, -1, size), [heads, groups, groups], 2)
     if rope:
         angles = cos[inputs.positions.long()], sin[inputs.positions.long()]
         q, k = rotate(q, *angles), rotate(k, *angles)

@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.text import Text
 
 VOLATILE = ("tracking", "run_dir", "sweep_dir")  # keys that may change between the parts of an interrupted run
+LONGEST_NAME = 120  # characters of a cell's folder; file systems take 255 bytes
+
+
+class CellError(RuntimeError):
+    """A cell of a sweep failed and has said why; the other cells run on."""
+
+
+def cell_name(overrides: str) -> str:
+    """Folder of a sweep's cell: the same for the same overrides, one level deep, and short enough for a file system."""
+    name = overrides.replace("/", "_") or "default"
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+
+
+OmegaConf.register_new_resolver("cell_name", cell_name, replace=True)
 
 
 def run(cfg: DictConfig, console: Console) -> float | None:
     """One run from a composed config; returns the pooled speed-up of its (first) drafter, if there is a baseline."""
-    from specdec import composition, report
+    from specdec import composition, metrics, report
     from specdec.decoding import SpeculativeDecoder
     from specdec.experiment import Experiment, Job
     from specdec.tracking.run_folder import RunFolder
 
-    choices = HydraConfig.get().runtime.choices
-    composition.check_numbers(cfg)
-    configs = composition.drafter_configs(cfg, choices.drafter)
+    choices, folder = HydraConfig.get().runtime.choices, output_folder()
+    composition.check_values(cfg)
+    configs = composition.drafter_configs(cfg, choices.drafter, HydraConfig.get().overrides.task)
     verifier = composition.build(cfg.verifier, "verifier")
     drafters = composition.build_methods(configs, verifier)
     sampling = composition.build_sampling(cfg)
     conversations = composition.build(cfg.dataset, "dataset").load()
     tracker = composition.build(cfg.tracking, "tracking")
-    folder = Path(HydraConfig.get().runtime.output_dir)
     recorded = {"choices": _groups(choices), "config": {**_plain(cfg), "drafter": _plain(OmegaConf.create(configs))}}
     with RunFolder(folder, _without_volatile(recorded), sys.argv) as run_folder:
-        if (folder / "DONE").exists():
-            console.print(f"{folder} is done already; give another run_dir (or sweep_dir) to run it again")
-            return _speedup(run_folder.finish(), list(configs))
-        console.print(f"[dim]target {choices.target}: loading ...[/dim]")
+        if run_folder.done:
+            _note(console, f"{folder} is done already; give another run_dir (or sweep_dir) to run it again")
+            return _speedup(metrics.summary(metrics.load_trace(folder)), list(configs))
+        _note(console, f"target {choices.target}: loading ...", "dim")
         target = composition.build(cfg.target, "target")
         decoders = {
             name: SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
@@ -48,9 +68,31 @@ def run(cfg: DictConfig, console: Console) -> float | None:
         )
         summary = Experiment(decoders, job, run_folder).run(console)
     report.print_summary(summary, console)
-    where = tracker.log(folder)
-    console.print(f"run folder: {folder}" + (f"   W&B: {where}" if where else ""))
+    _note(console, f"run folder: {folder}")
+    if where := tracker.log(folder, _sweep_name()):
+        _note(console, f"W&B: {where}")
     return _speedup(summary, list(configs))
+
+
+def output_folder() -> Path:
+    """This run's folder, relative to where the command was given if it lies there."""
+    folder, here = Path(HydraConfig.get().runtime.output_dir), Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _in_sweep() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _sweep_name() -> str | None:
+    """Name of the sweep that this run is a cell of; W&B groups by it."""
+    return Path(HydraConfig.get().sweep.dir).name if _in_sweep() else None
+
+
+def _side_by_side() -> bool:
+    """Whether cells of a sweep run at the same time."""
+    launcher = HydraConfig.get().launcher
+    return _in_sweep() and "n_jobs" in launcher and launcher.n_jobs != 1
 
 
 def _groups(choices: DictConfig) -> dict[str, Any]:
@@ -70,12 +112,6 @@ def _without_volatile(recorded: dict[str, Any]) -> dict[str, Any]:
     return recorded
 
 
-def _side_by_side() -> bool:
-    """Whether cells of a sweep run at the same time."""
-    config = HydraConfig.get()
-    return config.mode == RunMode.MULTIRUN and "n_jobs" in config.launcher and config.launcher.n_jobs != 1
-
-
 def _speedup(summary: Any, names: list[str]) -> float | None:
     """Pooled speed-up of the first method that is not the baseline; None where it was not measured."""
     method = next((name for name in names if name != "none"), None)
@@ -83,31 +119,70 @@ def _speedup(summary: Any, names: list[str]) -> float | None:
     return float(rows["speedup"].iloc[0]) if len(rows) and rows["speedup"].notna().all() else None
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")  # type: ignore[untyped-decorator]
 def _hydra_main(cfg: DictConfig) -> float | None:
+    from specdec.composition import one_sentence
     from specdec.tracking.run_folder import RunError
 
-    console = Console(stderr=False)
+    warnings.showwarning = _show_warning  # here, because a sweep's cells may run in processes of their own
     try:
-        return run(cfg, console)
-    except (ValueError, RunError) as error:
-        _fail(str(error), 2)
+        return run(cfg, Console())
+    except (ValueError, OSError, RunError, OmegaConfBaseException) as error:
+        if output_folder().is_dir() and not any(output_folder().iterdir()):
+            output_folder().rmdir()
+        if _in_sweep():
+            _say(f"{output_folder().name}: {one_sentence(error)}")
+            remedy = "once that is put right, the same command runs what is left"
+            raise CellError(f"a cell of the sweep failed, see above; {remedy}") from error
+        _say(one_sentence(error))
+        sys.exit(2)
     except KeyboardInterrupt:
-        folder = HydraConfig.get().runtime.output_dir
-        _fail(f"interrupted; what was finished is kept. To go on: the same command with run_dir={folder}", 130)
-    return None
+        same = "the same command" if _in_sweep() else f"the same command with run_dir={output_folder()}"
+        _say(f"interrupted; what was finished is kept. To go on: {same}")
+        sys.exit(130)
 
 
-def _fail(sentence: str, code: int) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold red]specdec:[/bold red] {sentence}", soft_wrap=True)
-    sys.exit(code)
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings as sentences; those of other packages as Python shows them, without the source line."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    sys.stderr.write(f"specdec: {message}\n" if ours else f"{filename}: {category.__name__}: {message}\n")
+
+
+def _note(console: Console, line: str, style: str = "") -> None:
+    """A line as it is: brackets in a folder's name are no markup, and a path stays whole for copying."""
+    console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _say(sentence: str) -> None:
+    """One sentence to the user, in red and on stderr."""
+    Console(stderr=True).print(Text.assemble(("specdec:", "bold red"), " ", sentence), soft_wrap=True)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. Exit status: 0 done, 2 a user's mistake, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _hydra_main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its errors on instead of printing them its own way
+    try:
+        _hydra_main()
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        from specdec.composition import one_sentence
+
+        _say(one_sentence(error))
+        sys.exit(2)
+    except CellError as error:
+        _say(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command begins again, and what a sweep had finished is kept")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a Hydra config to objects: drafters and verifier first, checked as a whole, and only then the target's weights."""
+"""From a Hydra config to objects: drafters and verifier first, checked as a whole, only then the target's weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from specdec.decoding import SamplingParams, SpeculativeDecoder, check_pair
 from specdec.drafter import Drafter
@@ -21,26 +21,45 @@ from specdec.verifier import Verifier
 BASELINE = "none"
 
 
+def one_sentence(error: BaseException) -> str:
+    """An error as one line; of a config that does not compose, what is unknown and what there is instead."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} does not exist; there are {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not KEY=VALUE as Hydra reads it: {error.message.splitlines()[0]}"
+    cause = error.__cause__ if isinstance(error, HydraException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key and cause.parent_node is not None:
+        parent, _, name = cause.full_key.rpartition(".")
+        known = ", ".join(str(key) for key in cause.parent_node if key not in ("_target_", "hydra"))
+        return f"{cause.full_key} is not a key of the config; {parent or 'it'} has {known}"
+    return " ".join(str(error).split())
+
+
 def build(node: Any, group: str) -> Any:
-    """Instantiate one config group; a user's mistake in it becomes a ValueError that names the group."""
+    """Instantiate one config group; a user's mistake in it becomes a ValueError, any other error is passed on."""
     try:
         return instantiate(node)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, MissingMandatoryValue | OmegaConfBaseException):
+    except (InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OmegaConfBaseException):
             raise ValueError(_missing(cause, group)) from error
-        if isinstance(cause, ValueError):
+        if isinstance(cause, ValueError | OSError):
             raise ValueError(str(cause)) from error
         if isinstance(cause, TypeError):
-            raise ValueError(f"{group}: {cause}; see `specdec {group}=... --cfg job` for its keys") from error
-        raise ValueError(f"{group}: {str(error).splitlines()[0]}") from error
-    except OmegaConfBaseException as error:
-        raise ValueError(_missing(error, group)) from error
+            values = {key: value for key, value in node.items() if key != "_target_"}
+            raise ValueError(f"{group}={values} does not fit: {cause}; `specdec --cfg job` shows its keys") from error
+        if error.__cause__ is not None:
+            raise cause from None
+        raise ValueError(f"{group}: {one_sentence(error)}") from error
 
 
-def _missing(error: BaseException, group: str) -> str:
-    key = getattr(error, "full_key", None) or "a key"
-    return f"{key} has no value: give it one, as in {key}=VALUE ({str(error).splitlines()[0]})"
+def _missing(error: OmegaConfBaseException, group: str) -> str:
+    """A sentence for a key without a value, or one that cannot be resolved."""
+    key = error.full_key or group
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value: give it one, as in {key}=VALUE"
+    return f"{key}: {str(error).splitlines()[0]}"
 
 
 def build_sampling(cfg: DictConfig) -> SamplingParams:
@@ -53,29 +72,37 @@ def build_sampling(cfg: DictConfig) -> SamplingParams:
         raise ValueError(f"sampling: {error}; known keys are temperature, top_k and top_p") from error
 
 
-def check_numbers(cfg: DictConfig) -> None:
-    """ValueError for counts below their least value."""
-    for key, least in (("max_new_tokens", 1), ("batch_size", 1), ("passes", 1)):
+def check_values(cfg: DictConfig) -> None:
+    """ValueError for counts that are no whole numbers or too small, and for switches that are neither on nor off."""
+    for key, least in (("max_new_tokens", 1), ("batch_size", 1), ("passes", 1), ("seed", 0)):
         value = cfg[key]
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{key}={value} must be a whole number of at least {least}")
+    for key in ("baseline", "ignore_eos"):
+        if not isinstance(cfg[key], bool):
+            raise ValueError(f"{key}={cfg[key]} must be true or false")
 
 
-def drafter_configs(cfg: DictConfig, chosen: str) -> dict[str, DictConfig]:
-    """Config of every drafter of a run by name, the baseline first. `chosen` is the name given as drafter=."""
-    names = [str(name) for name in cfg.drafters] or [chosen]
+def drafter_configs(cfg: DictConfig, chosen: str, overrides: Sequence[str] = ()) -> dict[str, DictConfig]:
+    """Config of every drafter of a run by name, the baseline first.
+
+    `chosen` is the name given as drafter=. With several drafters, drafter.KEY=VALUE among the overrides holds for each.
+    """
+    given = [cfg.drafters] if isinstance(cfg.drafters, str) else cfg.drafters or [chosen]
+    names = [str(name) for name in given]
     if cfg.baseline and BASELINE not in names:
         names = [BASELINE, *names]
-    return {name: cfg.drafter if name == chosen else _drafter_config(name) for name in dict.fromkeys(names)}
+    keys = [one for one in overrides if one.startswith("drafter.")]
+    return {name: cfg.drafter if name == chosen else _drafter_config(name, keys) for name in dict.fromkeys(names)}
 
 
-def _drafter_config(name: str) -> DictConfig:
-    """Another choice of the drafter group, with its defaults."""
+def _drafter_config(name: str, keys: Sequence[str]) -> DictConfig:
+    """Another choice of the drafter group with the user's values for its keys; the baseline has no keys."""
     loader = GlobalHydra.instance().config_loader()
     options = loader.get_group_options("drafter")
     if name not in options:
         raise ValueError(f"drafters names {name!r}, which does not exist; there are {', '.join(options)}")
-    node: DictConfig = compose("config", overrides=[f"drafter={name}"]).drafter
+    node: DictConfig = compose_config([f"drafter={name}", *(keys if name != BASELINE else ())]).drafter
     return node
 
 
@@ -94,7 +121,7 @@ def load(*overrides: str, config_dir: str | Path | None = None) -> SpeculativeDe
     """
     extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
     cfg = compose_config([*overrides, *extra])
-    check_numbers(cfg)
+    check_values(cfg)
     verifier: Verifier = build(cfg.verifier, "verifier")
     drafter: Drafter = build(cfg.drafter, "drafter")
     check_pair(drafter, verifier)
@@ -107,8 +134,10 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The composed config, from inside or outside a Hydra application; ValueError says what does not fit."""
     try:
         if GlobalHydra.instance().is_initialized():
-            return compose("config", overrides=list(overrides))
+            cfg: DictConfig = compose("config", overrides=list(overrides))
+            return cfg
         with initialize_config_module("specdec.conf", version_base="1.3"):
-            return compose("config", overrides=list(overrides))
+            cfg = compose("config", overrides=list(overrides))
+            return cfg
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_sentence(error)) from error

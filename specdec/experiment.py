@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,10 +14,10 @@ from specdec import metrics
 from specdec.composition import BASELINE
 from specdec.data import Conversation
 from specdec.decoding import GenerationResult, SpeculativeDecoder
-from specdec.decoding.chat import messages, template_name
+from specdec.decoding.chat import encode, messages, template_name
 from specdec.tracking.run_folder import Key, RunFolder
 
-CHUNK = 4  # batches of prompts a method decodes before the next one takes its turn; rows refill from the queue meanwhile
+CHUNK = 4  # batches of prompts a method decodes before the next takes its turn; rows refill from the queue meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +49,13 @@ class Experiment:
 
     def run(self, console: Console) -> pd.DataFrame:
         """Do what is not done yet, with a progress bar; returns the summary."""
+        self._check_lengths()
         pending = sum(len(c.turns) for c in self.job.conversations) * len(self.decoders) * self.job.passes
         done = len(self.tokens)
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=console,
+            disable=self.job.concurrent,  # two bars cannot share a terminal
         )  # fmt: skip
         with bar:
             task = bar.add_task("warming up", total=pending, completed=done)
@@ -62,7 +63,19 @@ class Experiment:
                 self._warm_up()
             for name, label, number in self._work():
                 bar.update(task, description=f"{name:<16} {label:<14}", advance=number)
+            bar.update(task, description="done")
         return self.folder.finish()
+
+    def _check_lengths(self) -> None:
+        """ValueError for a question that cannot fit the model, before hours are spent on those in front of it."""
+        limit = self.first.target.config.max_positions
+        for conversation in self.job.conversations:
+            tokens = len(encode(self.first.tokenizer, messages(conversation.turns[:1])))
+            if tokens + self.job.max_new_tokens > limit:
+                raise ValueError(
+                    f"question {conversation.question_id} has {tokens} tokens, which with max_new_tokens="
+                    f"{self.job.max_new_tokens} exceeds the model's {limit} positions: leave it out or lower the limit"
+                )
 
     def _warm_up(self) -> None:
         """Touch the weights and compile what compiles, with each method, before anything is timed."""
@@ -130,5 +143,3 @@ class Experiment:
             "equal_to_plain": result.tokens[at] == plain if comparable and plain is not None else None,
             **result.trace.requests[at].as_row(),
         }
-
-

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.steps import argmax
 from specdec.types import Sampling
+
+__all__ = ["argmax", "choose", "gumbel", "sample", "uniform", "warp"]
 
 # Streams keep draws at one position independent of each other.
 STREAM_TOKEN, STREAM_ACCEPT, STREAM_RESIDUAL, STREAM_DRAFT = 0, 1, 2, 3
-_BLOCK = 64  # logits that argmax reduces at a time
 
 
 def _i32(value: int) -> int:
@@ -81,20 +83,6 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
         warped = torch.empty_like(warped).scatter_(-1, order, ordered)
     greedy = torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
     return torch.where(temperature > 0, warped, greedy)
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """Index of the largest logit, the lowest one on a tie. [..., V] -> int64 [...].
-
-    In two stages, because torch's maximum runs on vectors and its argmax does not: blocks first, then within the best.
-    """
-    size = logits.shape[-1]
-    if size % _BLOCK or size == _BLOCK:
-        return logits.argmax(-1)
-    blocks = logits.unflatten(-1, (-1, _BLOCK))
-    best = blocks.amax(-1).argmax(-1, keepdim=True)
-    within = blocks.gather(-2, best[..., None].expand(*best.shape, _BLOCK)).squeeze(-2).argmax(-1, keepdim=True)
-    return (best * _BLOCK + within).squeeze(-1)
 
 
 def choose(logits: Tensor, sampling: Sampling, position: Tensor, stream: int = STREAM_TOKEN) -> Tensor:

@@ -22,7 +22,9 @@ class ModelInputs:
     tokens: Tensor  # int64 [B, T]
     positions: Tensor  # int32 [B, T]  prefix + depth
     prefix_lens: Tensor  # int32 [B]  committed tokens, visible to every query
-    paths: Tensor | None = None  # int32 [B, T, D+1]  slots behind the prefix a query sees, in order, itself last, -1 padded
+    paths: Tensor | None = (
+        None  # int32 [B, T, D+1]  slots behind the prefix a query sees, in order, itself last, -1 padded
+    )
     offset: int = 0  # K/V of token t goes to slot prefix + offset + t; with paths=None queries are causal
 
 
@@ -78,7 +80,8 @@ class DraftTree:
         """Nodes from the root to each node, itself last, -1 padded at the end. int32 [B, N, D+1]; made once."""
         if self._paths is not None:
             return self._paths
-        levels = [torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device).expand_as(self.parents)]
+        nodes = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
+        levels = [nodes.expand_as(self.parents)]
         for _ in range(self.depth):
             parent = self.parents.gather(1, levels[-1].clamp(min=0).long())
             levels.append(torch.where(levels[-1] < 0, levels[-1], parent))
@@ -89,7 +92,7 @@ class DraftTree:
         return self._paths
 
     def trim(self, width: int) -> DraftTree:
-        """At least the first `width` nodes; the rest is padding in every row. A branching tree never becomes a chain."""
+        """At least the first `width` nodes; the rest is padding in every row. A branching tree stays one."""
         if not self.is_chain and width > 1:
             width = max(width, self.depth + 2)
         if width >= self.tokens.shape[1]:
@@ -126,7 +129,7 @@ class DraftInputs:
 
     tokens: Tensor  # int64 [B, L]  committed tokens, then the root; behind it garbage
     lengths: Tensor  # int32 [B]  their number, root included
-    num_new: Tensor  # int32 [B]  tokens committed by the last step (they precede the root); lengths - 1 = a request begins
+    num_new: Tensor  # int32 [B]  committed by the last step (they precede the root); lengths - 1 = a request begins
     max_new: int  # static bound of num_new
     features: Tensor | None  # [B, max_new, F]  target features of those tokens
     sampling: Sampling

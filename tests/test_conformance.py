@@ -56,9 +56,7 @@ def test_replay_conforms_and_is_accepted(tree: bool, toy: Toy) -> None:
     assert report.acceptance_length > (2 if tree else 1.7)
 
 
-@pytest.mark.parametrize(
-    "verifier", [TargetOnly(), SpeculativeSampling(), Block(), RRS(), Traversal(), Typical()]
-)
+@pytest.mark.parametrize("verifier", [TargetOnly(), SpeculativeSampling(), Block(), RRS(), Traversal(), Typical()])
 def test_verifiers_never_sync(verifier: Any) -> None:
     check_no_sync(NGram(), verifier)
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.kernels.cpu import ops
+from specdec.kernels.cpu.attention import from_blocks, to_blocks
 from specdec.types import DraftTree, ModelInputs
 
 DTYPES = [torch.float32, torch.bfloat16]
-SLOTS = 61
+SLOTS = 64
 HEADS = [(6, 2, 32), (4, 4, 64), (3, 1, 96)]
 NEAR_ATTENTION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -78,7 +79,10 @@ class Case:
         empty = (torch.arange(SLOTS) >= first[:, None])[:, None, :, None]
         keys.masked_fill_(empty, garbage)
         values.masked_fill_(empty, garbage)
-        return module.attention(self.qkv.clone(), keys, values, self.inputs, *self.angles, rope), keys, values
+        if module is ops:
+            keys = to_blocks(keys)
+        result = module.attention(self.qkv.clone(), keys, values, self.inputs, *self.angles, rope)
+        return result, from_blocks(keys) if module is ops else keys, values
 
 
 def check(case: Case, rope: bool = True) -> None:

@@ -4,7 +4,8 @@ Bit equality: a query's keys are taken in position order - the prefix, then its 
 runs in that order. A draft's key may lie in another slot than plain decoding would give it; the bits of the result cannot
 tell. Keys of this forward are read as the cache stores them.
 
-Shapes: B rows, T tokens a row, H query heads, G KV heads, S slots, E head size. Cache [B, G, S, E], one layer.
+Shapes: B rows, T tokens a row, H query heads, G KV heads, S slots, E head size. Values of a layer lie as [B, G, S, E], keys in
+blocks of 16 slots, [B, G, S/16, E, 16], so that 16 scores come out of one vector and need no horizontal sums.
 """
 
 from __future__ import annotations
@@ -19,55 +20,72 @@ from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, bits_of, check_real, 
 from specdec.types import ModelInputs
 
 _NEG_INF = float("-inf")
+KEY_BLOCK = 16
+_HEADS = 4  # query heads that share the loads of one KV head
+_sb1, _sb2, _sb3, _sb4 = (simd.make_scores(h, True) for h in range(1, 5))
+_sf1, _sf2, _sf3, _sf4 = (simd.make_scores(h, False) for h in range(1, 5))
+_vb1, _vb2, _vb3, _vb4 = (simd.make_values(h, True) for h in range(1, 5))
+_vf1, _vf2, _vf3, _vf4 = (simd.make_values(h, False) for h in range(1, 5))
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _load(address, bf16):  # type: ignore[no-untyped-def]
-    if bf16:
-        return simd.load_bf16(address)
-    return simd.load_f32(address)
+def to_blocks(keys: Tensor) -> Tensor:
+    """Keys [..., S, E] as the kernels keep them: [..., S/16, E, 16]."""
+    shape = (*keys.shape[:-2], -1, KEY_BLOCK, keys.shape[-1])
+    return keys.reshape(shape).transpose(-1, -2).contiguous()
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _store(address, value, bf16):  # type: ignore[no-untyped-def]
-    if bf16:
-        simd.store_bf16(address, value)
-    else:
-        simd.store_f32(address, value)
+def from_blocks(keys: Tensor) -> Tensor:
+    """The inverse of `to_blocks`."""
+    return keys.transpose(-1, -2).flatten(-3, -2)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _rope_item(a, item):  # type: ignore[no-untyped-def]
-    """Rotate one head of one token in place (q) or into its slot (k), or copy it there (v)."""
+@njit(error_model="numpy")
+def _rotate(source, cos, sin, half):
+    """Rotary embedding of one head, f32, in place; half: vectors in half a head."""
+    for i in range(half):
+        c, s = simd.load_f32(cos + 64 * i), simd.load_f32(sin + 64 * i)
+        x, y = simd.load_f32(source + 64 * i), simd.load_f32(source + 64 * (i + half))
+        simd.store_f32(source + 64 * i, simd.sub(simd.mul(x, c), simd.mul(y, s)))
+        simd.store_f32(source + 64 * (i + half), simd.add(simd.mul(y, c), simd.mul(x, s)))
+
+
+@njit(error_model="numpy")
+def _rope_item(a, item):
+    """Rotate one head of one token (q and k) in place; put k into its lane of a block, v into its row."""
     qkv, qkv_stride, per_row = a[3], a[4], a[6]
     positions, prefix_lens, offset, cos, sin = a[7], a[8], a[9], a[10], a[11]
     keys, values, row_stride, head_stride = a[12], a[13], a[14], a[15]
     heads, groups, size, bf16, rope = a[16], a[17], a[18], a[19] == 1, a[20] == 1
     width = 2 if bf16 else 4
-    half = size // 32
     token, head = item // (heads + 2 * groups), item % (heads + 2 * groups)
     source = qkv + qkv_stride * token + 4 * size * head
-    target, as_bf16, scale = source, False, 4
-    if head >= heads:
-        row = token // per_row
-        slot = simd.load_int(prefix_lens + 4 * row) + offset + token % per_row
-        cache = keys if head < heads + groups else values
-        target = cache + row_stride * row + head_stride * ((head - heads) % groups) + slot * size * width
-        as_bf16, scale = bf16, width
     if head < heads + groups and rope:
-        angle = 4 * half * 16 * simd.load_int(positions + 4 * token)
-        for i in range(half):
-            c, s = simd.load_f32(cos + angle + 64 * i), simd.load_f32(sin + angle + 64 * i)
-            x, y = simd.load_f32(source + 64 * i), simd.load_f32(source + 64 * (i + half))
-            _store(target + 16 * scale * i, simd.sub(simd.mul(x, c), simd.mul(y, s)), as_bf16)
-            _store(target + 16 * scale * (i + half), simd.add(simd.mul(y, c), simd.mul(x, s)), as_bf16)
-    elif head >= heads:
-        for i in range(2 * half):
-            _store(target + 16 * scale * i, simd.load_f32(source + 64 * i), as_bf16)
+        angle = 2 * size * simd.load_int(positions + 4 * token)
+        _rotate(source, cos + angle, sin + angle, size // 32)
+    if head < heads:
+        return
+    row = token // per_row
+    slot = simd.load_int(prefix_lens + 4 * row) + offset + token % per_row
+    here = row_stride * row + head_stride * ((head - heads) % groups)
+    if head < heads + groups:
+        lane = keys + here + width * ((slot // KEY_BLOCK) * size * KEY_BLOCK + slot % KEY_BLOCK)
+        for e in range(size):
+            value = simd.load_scalar(source + 4 * e)
+            if bf16:
+                simd.store_scalar_bf16(lane + 32 * e, value)
+            else:
+                simd.store_scalar(lane + 64 * e, value)
+        return
+    target = values + here + slot * size * width
+    for i in range(size // 16):
+        if bf16:
+            simd.store_bf16(target + 32 * i, simd.load_f32(source + 64 * i))
+        else:
+            simd.store_f32(target + 64 * i, simd.load_f32(source + 64 * i))
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _rope_append(a, thread):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _rope_append(a, thread):
     """Items are (token, head)."""
     items = a[5] * a[6] * (a[16] + 2 * a[17])
     chunk = take(a)
@@ -78,18 +96,58 @@ def _rope_append(a, thread):  # type: ignore[no-untyped-def]
         chunk = take(a)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _dot(query, key, vectors, bf16):  # type: ignore[no-untyped-def]
-    total = simd.splat(0.0)
-    for i in range(vectors):
-        total = simd.fma(simd.load_f32(query + 64 * i), _load(key + (32 if bf16 else 64) * i, bf16), total)
-    return simd.horizontal_sum(total)
+@njit(error_model="numpy")
+def _scores(q, q_stride, keys, size, out, out_stride, heads, bf16):
+    if bf16:
+        if heads == 1:
+            _sb1(q, q_stride, keys, size, out, out_stride)
+        elif heads == 2:
+            _sb2(q, q_stride, keys, size, out, out_stride)
+        elif heads == 3:
+            _sb3(q, q_stride, keys, size, out, out_stride)
+        else:
+            _sb4(q, q_stride, keys, size, out, out_stride)
+    elif heads == 1:
+        _sf1(q, q_stride, keys, size, out, out_stride)
+    elif heads == 2:
+        _sf2(q, q_stride, keys, size, out, out_stride)
+    elif heads == 3:
+        _sf3(q, q_stride, keys, size, out, out_stride)
+    else:
+        _sf4(q, q_stride, keys, size, out, out_stride)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _softmax(scores, count):  # type: ignore[no-untyped-def]
-    """Exponentials of scores[:count] in place (padded to 16 with zeros); returns their sum. Lanes are positions mod 16."""
+@njit(error_model="numpy")
+def _values(p, p_stride, rows, row_stride, count, sums, heads, bf16):
+    if bf16:
+        if heads == 1:
+            _vb1(p, p_stride, rows, row_stride, count, sums)
+        elif heads == 2:
+            _vb2(p, p_stride, rows, row_stride, count, sums)
+        elif heads == 3:
+            _vb3(p, p_stride, rows, row_stride, count, sums)
+        else:
+            _vb4(p, p_stride, rows, row_stride, count, sums)
+    elif heads == 1:
+        _vf1(p, p_stride, rows, row_stride, count, sums)
+    elif heads == 2:
+        _vf2(p, p_stride, rows, row_stride, count, sums)
+    elif heads == 3:
+        _vf3(p, p_stride, rows, row_stride, count, sums)
+    else:
+        _vf4(p, p_stride, rows, row_stride, count, sums)
+
+
+@njit(error_model="numpy")
+def _softmax(scores, count, scale):
+    """Exponentials of scale * scores[:count] in place (padded to 16 with zeros); returns their sum.
+
+    Lanes are positions mod 16, so that the order of the sum knows nothing of slots.
+    """
     blocks = (count + 15) // 16
+    factor = simd.splat(scale)
+    for i in range(blocks):
+        simd.store_f32(scores + 64 * i, simd.mul(simd.load_f32(scores + 64 * i), factor))
     for i in range(count, 16 * blocks):
         simd.store_scalar(scores + 4 * i, types.float32(_NEG_INF))
     largest = simd.load_f32(scores)
@@ -106,67 +164,81 @@ def _softmax(scores, count):  # type: ignore[no-untyped-def]
     return simd.horizontal_sum(total)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _mix_values(scores, values, slots, prefix, count, size, total, out, bf16):  # type: ignore[no-untyped-def]
-    """out = sum over positions of scores[i] * value(i) / total, 32 channels at a time, each one chain of sums."""
+@njit(error_model="numpy")
+def _mix(a, scores, totals, values, slots, prefix, count, heads, out):
+    """out = sums over positions of weight * value / total, for `heads` heads, 32 channels at a time.
+
+    Positions run in order: first the slots that lie as the positions do, then the path's, one by one.
+    """
+    size, bf16, stride = a[17], a[18] == 1, a[24]
     width = 2 if bf16 else 4
-    inverse = simd.splat(types.float32(1.0) / total)
+    sums = totals + 64
+    contiguous = count if slots == 0 else prefix
     for i in range(size // 32):
         column = values + 32 * width * i
-        low, high = simd.splat(0.0), simd.splat(0.0)
-        for j in range(count):
-            slot = j
-            if slots != 0 and j >= prefix:
-                slot = prefix + simd.load_int(slots + 4 * (j - prefix))
-            weight = simd.splat(simd.load_scalar(scores + 4 * j))
-            address = column + slot * size * width
-            low = simd.fma(weight, _load(address, bf16), low)
-            high = simd.fma(weight, _load(address + 16 * width, bf16), high)
-        _store(out + 32 * width * i, simd.mul(low, inverse), bf16)
-        _store(out + 32 * width * i + 16 * width, simd.mul(high, inverse), bf16)
+        for k in range(2 * heads):
+            simd.store_f32(sums + 64 * k, simd.splat(types.float32(0.0)))
+        if contiguous > 0:
+            _values(scores, stride, column, size * width, contiguous, sums, heads, bf16)
+        for j in range(contiguous, count):
+            slot = prefix + simd.load_int(slots + 4 * (j - prefix))
+            _values(scores + 4 * j, stride, column + slot * size * width, 0, 1, sums, heads, bf16)
+        for k in range(2 * heads):
+            inverse = simd.splat(types.float32(1.0) / simd.load_scalar(totals + 4 * (k // 2)))
+            value = simd.mul(simd.load_f32(sums + 64 * k), inverse)
+            target = out + width * (size * (k // 2) + 32 * i + 16 * (k % 2))
+            if bf16:
+                simd.store_bf16(target, value)
+            else:
+                simd.store_f32(target, value)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _attention_item(a, item, scores):  # type: ignore[no-untyped-def]
-    """One head of one token. Scores lie in position order whatever the slots."""
+@njit(error_model="numpy")
+def _attention_item(a, item, scratch):
+    """All query heads of one token that share a KV head, a few at a time."""
     q, q_stride, per_row, prefix_lens, offset, paths, path_len = a[3], a[4], a[6], a[7], a[8], a[9], a[10]
     keys, values, row_stride, head_stride = a[11], a[12], a[13], a[14]
-    heads, groups, size, bf16 = a[15], a[16], a[17], a[18] == 1
-    scale = simd.float_of(a[23])
+    all_heads, groups, size, bf16 = a[15], a[16], a[17], a[18] == 1
+    stride, scale = a[24], simd.float_of(a[23])
     width = 2 if bf16 else 4
-    vectors = size // 16
-    token, head = item // heads, item % heads
+    token, group = item // groups, item % groups
     row = token // per_row
     prefix = simd.load_int(prefix_lens + 4 * row)
-    here = row_stride * row + head_stride * (head // (heads // groups))
-    query = q + q_stride * token + 4 * size * head
+    here = row_stride * row + head_stride * group
     slots, count = types.int64(0), prefix + offset + token % per_row + 1
-    contiguous = count
+    last = count  # slots whose scores are needed
     if paths != 0:
-        slots, count, contiguous = paths + 4 * path_len * token, prefix, prefix
+        slots, count = paths + 4 * path_len * token, prefix
         while count - prefix < path_len and simd.load_int(slots + 4 * (count - prefix)) >= 0:
+            last = prefix + simd.load_int(slots + 4 * (count - prefix)) + 1
             count += 1
-    for j in range(contiguous):
-        dot = _dot(query, keys + here + j * size * width, vectors, bf16)
-        simd.store_scalar(scores + 4 * j, dot * scale)
-    for j in range(contiguous, count):
-        slot = prefix + simd.load_int(slots + 4 * (j - prefix))
-        dot = _dot(query, keys + here + slot * size * width, vectors, bf16)
-        simd.store_scalar(scores + 4 * j, dot * scale)
-    total = _softmax(scores, count)
-    target = a[19] + a[20] * token + size * width * head
-    _mix_values(scores, values + here, slots, prefix, count, size, total, target, bf16)
+    totals, scores = scratch, scratch + 64 * (2 * _HEADS + 1)
+    shared = all_heads // groups
+    for first in range(0, shared, _HEADS):
+        heads = min(_HEADS, shared - first)
+        head = shared * group + first
+        query = q + q_stride * token + 4 * size * head
+        for block in range((last + 15) // 16):
+            place = keys + here + block * KEY_BLOCK * size * width
+            _scores(query, 4 * size, place, size, scores + 64 * block, stride, heads, bf16)
+        for h in range(heads):
+            mine = scores + stride * h
+            for j in range(prefix, count if slots != 0 else prefix):  # slot order to position order; never backwards
+                slot = prefix + simd.load_int(slots + 4 * (j - prefix))
+                simd.store_scalar(mine + 4 * j, simd.load_scalar(mine + 4 * slot))
+            simd.store_scalar(totals + 4 * h, _softmax(mine, count, scale))
+        _mix(a, scores, totals, values + here, slots, prefix, count, heads, a[19] + a[20] * token + size * width * head)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _attention(a, thread):  # type: ignore[no-untyped-def]
-    """Items are (row, token, head); the last ones, which see most keys, are taken first."""
-    items, scores = a[5] * a[6] * a[15], a[21] + a[22] * thread
+@njit(error_model="numpy")
+def _attention(a, thread):
+    """Items are (row, token, KV head); the last ones, which see most keys, are taken first."""
+    items, scratch = a[5] * a[6] * a[16], a[21] + a[22] * thread
     chunk = take(a)
     while chunk < a[1]:
         behind = items - chunk * a[2]
         for item in range(max(0, behind - a[2]), behind):
-            _attention_item(a, item, scores)
+            _attention_item(a, item, scratch)
         finish(a)
         chunk = take(a)
 
@@ -174,13 +246,13 @@ def _attention(a, thread):  # type: ignore[no-untyped-def]
 _SIGNATURE = types.void(types.CPointer(types.int64), types.int64)
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)  # type: ignore[misc]
-def _rope_kernel(args, thread):  # type: ignore[no-untyped-def]
+@cfunc(_SIGNATURE, error_model="numpy", cache=True)
+def _rope_kernel(args, thread):
     _rope_append(carray(args, (MAX_ARGS,)), thread)
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)  # type: ignore[misc]
-def _attention_kernel(args, thread):  # type: ignore[no-untyped-def]
+@cfunc(_SIGNATURE, error_model="numpy", cache=True)
+def _attention_kernel(args, thread):
     _attention(carray(args, (MAX_ARGS,)), thread)
 
 
@@ -203,26 +275,28 @@ class Attention:
         rope: bool,
         out: Tensor,
     ) -> Tensor:
-        """Rotate, append and attend. qkv f32 [B*T, (H+2G)*E] (q is overwritten), out [B*T, H*E] in the cache's dtype.
+        """Rotate, append and attend. qkv f32 [B*T, (H+2G)*E] (q and k are overwritten), out [B*T, H*E] in the cache's dtype.
 
         cos, sin f32 [positions, E/2]. Slots behind the prefix are those of `ModelInputs`.
         """
         check_real(qkv)
         rows, per_row = inputs.tokens.shape
-        _, groups, slots, size = keys.shape
+        _, groups, slots, size = values.shape
         heads = out.shape[1] // size
         for name in ("positions", "prefix_lens", "paths"):  # read by address: strides are not looked at
             value = getattr(inputs, name)
             assert value is None or (value.dtype == torch.int32 and value.is_contiguous()), name
-        assert keys.stride(2) == size and keys.stride(3) == 1 and keys.stride() == values.stride()
+        assert keys.shape[2:] == (slots // KEY_BLOCK, size, KEY_BLOCK) and slots % KEY_BLOCK == 0
+        assert keys.stride()[:2] == values.stride()[:2] and keys[0, 0].is_contiguous() and values[0, 0].is_contiguous()
         bf16 = int(keys.dtype == torch.bfloat16)
-        stride = 64 * ((slots + 15) // 16)
+        scores = 4 * slots + 64  # bytes of one head's; not a power of two apart, where caches would collide
+        stride = 64 * (2 * _HEADS + 1) + _HEADS * scores
         if self._scratch.numel() < stride * torch.get_num_threads():
             self._scratch = aligned_empty(stride * torch.get_num_threads(), torch.uint8)
         item = keys.element_size()
         cache = (keys.data_ptr(), values.data_ptr(), keys.stride(0) * item, keys.stride(1) * item)
         prefix, row_bytes = inputs.prefix_lens.data_ptr(), qkv.stride(0) * 4
-        moved, attended = rows * per_row * (heads + 2 * groups), rows * per_row * heads
+        moved, attended = rows * per_row * (heads + 2 * groups), rows * per_row * groups
         moved_each, attended_each = max(16, moved // 64), max(1, attended // 64)
         self._rope(
             moved_each, qkv.data_ptr(), row_bytes, rows, per_row, inputs.positions.data_ptr(), prefix, inputs.offset,
@@ -233,7 +307,7 @@ class Attention:
         self._attention(
             attended_each, qkv.data_ptr(), row_bytes, rows, per_row, prefix, inputs.offset, paths, path_len, *cache,
             heads, groups, size, bf16, out.data_ptr(), out.stride(0) * item, self._scratch.data_ptr(), stride,
-            bits_of(size**-0.5), chunks=-(-attended // attended_each), keep=(self._scratch, keys, values, out),
+            bits_of(size**-0.5), scores, chunks=-(-attended // attended_each), keep=(self._scratch, keys, values, out),
         )  # fmt: skip
         return out
 

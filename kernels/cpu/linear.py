@@ -8,6 +8,7 @@ the weights. An output is a single chain of sums over K: its bits do not depend 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
@@ -46,7 +47,9 @@ def pack(weight: Tensor, swiglu: bool = False) -> PackedLinear:
         raise ValueError(f"bfloat16 products need an even number of inputs, got {inputs}; use target.dtype=float32")
     if swiglu:
         if outputs % 32:
-            raise ValueError(f"the intermediate size must be a multiple of 16, got {outputs / 2:g}; use target.backend=torch")
+            raise ValueError(
+                f"the intermediate size must be a multiple of 16, got {outputs / 2:g}; use target.backend=torch"
+            )
         gate, up = weight.chunk(2)
         weight = torch.stack([gate.view(-1, 16, inputs), up.view(-1, 16, inputs)], dim=1).reshape(-1, inputs)
     else:
@@ -57,8 +60,8 @@ def pack(weight: Tensor, swiglu: bool = False) -> PackedLinear:
     return PackedLinear(data, outputs, inputs, weight.dtype, swiglu)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _tile(panel, x, x_stride, steps, out, tokens, bf16):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _tile(panel, x, x_stride, steps, out, tokens, bf16):
     if bf16:
         if tokens == 1:
             _b1(panel, x, x_stride, steps, out, 128)
@@ -94,8 +97,8 @@ def _tile(panel, x, x_stride, steps, out, tokens, bf16):  # type: ignore[no-unty
         _f8(panel, x, x_stride, steps, out, 128)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _normalise(x, weight, eps, inputs, out, bf16):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _normalise(x, weight, eps, inputs, out, bf16):
     """RMSNorm of one f32 row into the product's input type; weight = 0 only converts."""
     scale = simd.splat(1.0)
     vectors = inputs // 16
@@ -105,7 +108,9 @@ def _normalise(x, weight, eps, inputs, out, bf16):  # type: ignore[no-untyped-de
             v = simd.load_f32(x + 64 * i)
             squares = simd.fma(v, v, squares)
         total = simd.horizontal_sum(squares)
-        scale = simd.splat(types.float32(1.0) / types.float32((total / types.float32(inputs) + eps) ** types.float32(0.5)))
+        scale = simd.splat(
+            types.float32(1.0) / types.float32((total / types.float32(inputs) + eps) ** types.float32(0.5))
+        )
     for i in range(vectors):
         v = simd.mul(simd.load_f32(x + 64 * i), scale)
         if weight != 0:
@@ -116,8 +121,8 @@ def _normalise(x, weight, eps, inputs, out, bf16):  # type: ignore[no-untyped-de
             simd.store_f32(out + 64 * i, v)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _finish(tile, tokens, out, out_stride, first, outputs, epilogue, bf16):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _finish(tile, tokens, out, out_stride, first, outputs, epilogue, bf16):
     """Write a tile [tokens, 32] f32 where it belongs; `first` is the panel's first output (of the gate for SWIGLU)."""
     width = 16 if epilogue == SWIGLU else PANEL
     whole = first + width <= outputs
@@ -145,8 +150,8 @@ def _finish(tile, tokens, out, out_stride, first, outputs, epilogue, bf16):  # t
                 simd.store_scalar(address, value)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _linear(a, thread):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _linear(a, thread):
     """A thread prepares all inputs for itself when it takes its first chunk (cheap, and nobody waits)."""
     chunk = take(a)
     if chunk >= a[1]:
@@ -177,8 +182,8 @@ def _linear(a, thread):  # type: ignore[no-untyped-def]
         chunk = take(a)
 
 
-@cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)  # type: ignore[misc]
-def _linear_kernel(args, thread):  # type: ignore[no-untyped-def]
+@cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)
+def _linear_kernel(args, thread):
     _linear(carray(args, (MAX_ARGS,)), thread)
 
 

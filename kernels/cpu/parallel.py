@@ -63,20 +63,20 @@ _give_way = types.ExternalFunction("specdec_give_way", types.int32())
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def take(a):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def take(a):
     """The next chunk of a kernel that nobody has taken yet; a[1] or more: none is left."""
     return simd.fetch_add(a[0], 1)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def finish(a):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def finish(a):
     """Tell that a chunk is done."""
     simd.fetch_add(a[0] + 8, 1)
 
 
-@njit(error_model="numpy")  # type: ignore[misc]
-def _execute(header, thread):  # type: ignore[no-untyped-def]
+@njit(error_model="numpy")
+def _execute(header, thread):
     """header = [kernels, rows of (function, args, counters, chunks)]: one kernel after the other."""
     for i in range(header[0]):
         row = header[1] + 32 * i
@@ -89,15 +89,17 @@ def _execute(header, thread):  # type: ignore[no-untyped-def]
                 _give_way()
 
 
-@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)  # type: ignore[misc]
-def _region(header):  # type: ignore[no-untyped-def]
+@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
+def _region(header):
     _execute(carray(header, (2,)), types.int64(_thread_num()))
 
 
-@cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)  # type: ignore[misc]
-def _member(header, thread):  # type: ignore[no-untyped-def]
+@cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)
+def _member(header, thread):
     _execute(carray(header, (2,)), thread)
 
+
+_region_address = _region.address
 
 # ---- launching -------------------------------------------------------------------------------------------------------
 
@@ -129,13 +131,18 @@ class Program:
     def run(self) -> None:
         """Run the kernels on torch's threads."""
         self._counters.fill(0)
-        threads = torch.get_num_threads()
-        if _library is not None:
-            _library.GOMP_parallel(_region.address, self._address, threads, 0)
-            return
-        header = ctypes.cast(self._address, ctypes.POINTER(ctypes.c_int64))
-        for job in [_pool(threads).submit(_member.ctypes, header, thread) for thread in range(threads)]:
-            job.result()
+        _launch(self._address)
+
+
+def _launch(address: int) -> None:
+    """Execute a header of launches on all threads."""
+    threads = torch.get_num_threads()
+    if _library is not None:
+        _library.GOMP_parallel(_region_address, address, threads, 0)
+        return
+    header = ctypes.cast(address, ctypes.POINTER(ctypes.c_int64))
+    for job in [_pool(threads).submit(_member.ctypes, header, thread) for thread in range(threads)]:
+        job.result()
 
 
 @functools.cache
@@ -168,16 +175,29 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self._function = function.address
+        self._direct = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(self._function)
+        self._counters = (ctypes.c_int64 * 8)()
+        self._args = (ctypes.c_int64 * MAX_ARGS)()
+        counters, args = ctypes.addressof(self._counters), ctypes.addressof(self._args)
+        self._args[0] = counters
+        self._row = (ctypes.c_int64 * 4)(self._function, args, counters, 0)
+        self._header = (ctypes.c_int64 * 2)(1, ctypes.addressof(self._row))
+        self._address = args
 
     def __call__(self, *args: int, chunks: int, keep: tuple[Tensor, ...] = ()) -> None:
-        """Launch, or write down for a program. `keep`: memory of our own that the arguments point to."""
+        """Launch, or write down for a program. `keep`: memory that the arguments point to."""
         if _recording is not None:
             _recording.add(self._function, args, chunks, keep)
             return
-        program = Program()
-        program.add(self._function, args, chunks, keep)
-        program.seal()
-        program.run()
+        self._counters[0] = self._counters[1] = 0
+        self._args[1] = self._row[3] = chunks
+        self._args[2 : 2 + len(args)] = list(args)
+        _launch(ctypes.addressof(self._header))
+
+    def call(self, *args: int) -> None:
+        """Run it here and now on this thread alone, without counters: for kernels that take no chunks."""
+        self._args[2 : 2 + len(args)] = list(args)
+        self._direct(self._address, 0)
 
 
 def bits_of(value: float) -> int:

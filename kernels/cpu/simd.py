@@ -19,7 +19,14 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 LANES = 16
-_F32, _I64, _I32, _I16, _I8, _I1 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.IntType(1)
+_F32, _I64, _I32, _I16, _I8, _I1 = (
+    ir.FloatType(),
+    ir.IntType(64),
+    ir.IntType(32),
+    ir.IntType(16),
+    ir.IntType(8),
+    ir.IntType(1),
+)
 _VF, _VI, _VH = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_I16, LANES)
 
 
@@ -48,7 +55,7 @@ vec = Float32x16()
 
 
 @register_model(Float32x16)
-class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Float32x16Model(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, _VF)
 
@@ -108,6 +115,11 @@ def _broadcast(b: Any, scalar: Any, kind: Any) -> Any:
     return b.shuffle_vector(first, undef, ir.Constant(_VI, [0] * LANES))
 
 
+def _widened(b: Any, address: Any) -> Any:
+    half = b.load(_pointer(b, address, _VH), align=2)
+    return b.bitcast(b.shl(b.zext(half, _VI), _integers(16)), _VF)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +139,30 @@ def load_int(b: Any, address: Any) -> Any:
 def load_long(b: Any, address: Any) -> Any:
     """One int64."""
     return b.load(_pointer(b, address, _I64), align=8)
+
+
+@_op(types.int64, types.int64)
+def load_byte(b: Any, address: Any) -> Any:
+    """One byte, 0..255."""
+    return b.zext(b.load(_pointer(b, address, _I8)), _I64)
+
+
+@_op(types.void, types.int64, types.int64)
+def store_byte(b: Any, address: Any, value: Any) -> None:
+    """The low byte."""
+    b.store(b.trunc(value, _I8), _pointer(b, address, _I8))
+
+
+@_op(types.void, types.int64, types.int64)
+def store_int(b: Any, address: Any, value: Any) -> None:
+    """The low 32 bits."""
+    b.store(b.trunc(value, _I32), _pointer(b, address, _I32), align=4)
+
+
+@_op(types.void, types.int64, types.int64)
+def store_long(b: Any, address: Any, value: Any) -> None:
+    """One int64."""
+    b.store(value, _pointer(b, address, _I64), align=8)
 
 
 @_op(types.void, types.int64, types.float32)
@@ -163,6 +199,15 @@ def call(b: Any, function: Any, args: Any, thread: Any) -> None:
     b.call(_pointer(b, function, kind), [_pointer(b, args, _I64), thread])
 
 
+@_op(types.void, types.int64, types.float32)
+def store_scalar_bf16(b: Any, address: Any, value: Any) -> None:
+    """One f32 rounded to the nearest bf16, ties to even."""
+    bits = b.bitcast(value, _I32)
+    odd = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+    rounded = b.lshr(b.add(bits, b.add(odd, ir.Constant(_I32, 0x7FFF))), ir.Constant(_I32, 16))
+    b.store(b.trunc(rounded, _I16), _pointer(b, address, _I16), align=2)
+
+
 @_op(vec, types.int64)
 def load_f32(b: Any, address: Any) -> Any:
     """16 f32."""
@@ -172,8 +217,7 @@ def load_f32(b: Any, address: Any) -> Any:
 @_op(vec, types.int64)
 def load_bf16(b: Any, address: Any) -> Any:
     """16 bf16, widened: a bf16 is the upper half of an f32."""
-    half = b.load(_pointer(b, address, _VH), align=2)
-    return b.bitcast(b.shl(b.zext(half, _VI), _integers(16)), _VF)
+    return _widened(b, address)
 
 
 @_op(types.void, types.int64, vec)
@@ -286,6 +330,36 @@ def silu(b: Any, x: Any) -> Any:
     return b.fdiv(x, b.fadd(_constant(1.0), _exp(b, b.fneg(x))))
 
 
+# ---- loops -----------------------------------------------------------------------------------------------------------
+
+
+def _load16(b: Any, address: Any, bf16: bool) -> Any:
+    """16 values as f32, from either storage."""
+    if not bf16:
+        return b.load(_pointer(b, address, _VF), align=4)
+    return _widened(b, address)
+
+
+def _accumulate(b: Any, count: Any, accs: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """for i in range(count), count >= 1: accs = body(i, accs), in registers."""
+    entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    i = b.phi(_I64)
+    i.add_incoming(ir.Constant(_I64, 0), entry)
+    inside = [b.phi(_VF) for _ in accs]
+    for phi, value in zip(inside, accs, strict=True):
+        phi.add_incoming(value, entry)
+    results = body(i, inside)
+    following = b.add(i, ir.Constant(_I64, 1))
+    i.add_incoming(following, b.block)
+    for phi, value in zip(inside, results, strict=True):
+        phi.add_incoming(value, b.block)
+    b.cbranch(b.icmp_signed("<", following, count), loop, done)
+    b.position_at_end(done)
+    return results
+
+
 # ---- the matrix tile -------------------------------------------------------------------------------------------------
 
 
@@ -341,34 +415,81 @@ def make_tile(tokens: int, kind: str) -> Any:
 
     @_op(types.void, *[types.int64] * 6)
     def tile(b: Any, panel: Any, x: Any, x_stride: Any, steps: Any, out: Any, out_stride: Any) -> None:
-        entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-        b.branch(loop)
-        b.position_at_end(loop)
-        k = b.phi(_I64)
-        k.add_incoming(ir.Constant(_I64, 0), entry)
-        accs = [b.phi(_VF) for _ in range(2 * tokens)]
-        for acc in accs:
-            acc.add_incoming(_constant(0.0), entry)
-        here = b.add(panel, b.mul(k, ir.Constant(_I64, 128)))
-        for line in range(2):
-            ahead = _pointer(b, b.add(here, ir.Constant(_I64, PREFETCH + 64 * line)), _I8)
-            flags = [ir.Constant(_I32, v) for v in (0, 2, 1)]  # read, into the second cache, data
-            _call(b, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
-        step = step_of(b, here, x)
-        column = b.add(x, b.mul(k, ir.Constant(_I64, 4)))
-        sums = []
-        for t in range(tokens):
-            address = b.add(column, b.mul(x_stride, ir.Constant(_I64, t)))
-            sums += [step(accs[2 * t + r], r, address) for r in range(2)]
-        following = b.add(k, ir.Constant(_I64, 1))
-        k.add_incoming(following, b.block)
-        for acc, value in zip(accs, sums, strict=True):
-            acc.add_incoming(value, b.block)
-        b.cbranch(b.icmp_signed("<", following, steps), loop, done)
-        b.position_at_end(done)
+        def body(k: Any, accs: list[Any]) -> list[Any]:
+            here = b.add(panel, b.mul(k, ir.Constant(_I64, 128)))
+            for line in range(2):
+                ahead = _pointer(b, b.add(here, ir.Constant(_I64, PREFETCH + 64 * line)), _I8)
+                flags = [ir.Constant(_I32, v) for v in (0, 2, 1)]  # read, into the second cache, data
+                _call(b, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
+            step = step_of(b, here, x)
+            column = b.add(x, b.mul(k, ir.Constant(_I64, 4)))
+            sums = []
+            for t in range(tokens):
+                address = b.add(column, b.mul(x_stride, ir.Constant(_I64, t)))
+                sums += [step(accs[2 * t + r], r, address) for r in range(2)]
+            return sums
+
+        sums = _accumulate(b, steps, [_constant(0.0)] * (2 * tokens), body)
         for t in range(tokens):
             row = b.add(out, b.mul(out_stride, ir.Constant(_I64, t)))
             for r in range(2):
                 b.store(sums[2 * t + r], _pointer(b, b.add(row, ir.Constant(_I64, 64 * r)), _VF), align=4)
 
     return tile
+
+
+# ---- attention tiles -------------------------------------------------------------------------------------------------
+
+
+def make_scores(heads: int, bf16: bool) -> Any:
+    """Dot products of `heads` queries with 16 keys: scores(q, q_stride, keys, size, out, out_stride).
+
+    keys is a block [size, 16]: a key's score is one chain over the channels, whatever its lane.
+    """
+
+    @_op(types.void, *[types.int64] * 6)
+    def scores(b: Any, q: Any, q_stride: Any, keys: Any, size: Any, out: Any, out_stride: Any) -> None:
+        width = ir.Constant(_I64, 32 if bf16 else 64)
+
+        def body(e: Any, accs: list[Any]) -> list[Any]:
+            key = _load16(b, b.add(keys, b.mul(e, width)), bf16)
+            results = []
+            for h, acc in enumerate(accs):
+                at = b.add(b.add(q, b.mul(q_stride, ir.Constant(_I64, h))), b.mul(e, ir.Constant(_I64, 4)))
+                value = _broadcast(b, b.load(_pointer(b, at, _F32), align=4), _VF)
+                results.append(_call(b, "llvm.fma.v16f32", _VF, key, value, acc))
+            return results
+
+        for h, acc in enumerate(_accumulate(b, size, [_constant(0.0)] * heads, body)):
+            at = b.add(out, b.mul(out_stride, ir.Constant(_I64, h)))
+            b.store(acc, _pointer(b, at, _VF), align=4)
+
+    return scores
+
+
+def make_values(heads: int, bf16: bool) -> Any:
+    """Weighted sums of value rows, 32 channels: values(p, p_stride, rows, row_stride, count, sums).
+
+    p: weights of the rows, one array a head; sums: f32 [heads, 32], carried from call to call.
+    """
+
+    @_op(types.void, *[types.int64] * 6)
+    def values(b: Any, p: Any, p_stride: Any, rows: Any, row_stride: Any, count: Any, sums: Any) -> None:
+        places = [b.add(sums, ir.Constant(_I64, 64 * i)) for i in range(2 * heads)]
+
+        def body(j: Any, accs: list[Any]) -> list[Any]:
+            row = b.add(rows, b.mul(j, row_stride))
+            halves = [_load16(b, b.add(row, ir.Constant(_I64, (32 if bf16 else 64) * i)), bf16) for i in range(2)]
+            results = []
+            for h in range(heads):
+                at = b.add(b.add(p, b.mul(p_stride, ir.Constant(_I64, h))), b.mul(j, ir.Constant(_I64, 4)))
+                weight = _broadcast(b, b.load(_pointer(b, at, _F32), align=4), _VF)
+                for i in range(2):
+                    results.append(_call(b, "llvm.fma.v16f32", _VF, halves[i], weight, accs[2 * h + i]))
+            return results
+
+        starts = [b.load(_pointer(b, place, _VF), align=4) for place in places]
+        for place, acc in zip(places, _accumulate(b, count, starts, body), strict=True):
+            b.store(acc, _pointer(b, place, _VF), align=4)
+
+    return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 __all__ = ["Message", "Prompt", "TextStream", "encode", "encode_all", "messages", "template_name"]
@@ -35,10 +35,14 @@ def encode(tokenizer: Any, prompt: Prompt, template: bool = True) -> list[int]:
 
     `tokenizer` is a transformers tokenizer or whatever has its chat_template, apply_chat_template and encode.
     """
+    if not isinstance(prompt, Sequence):
+        raise ValueError(f"a prompt is a {type(prompt).__name__}: give a text, chat messages or a list of token ids")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError("the prompt is empty: give a text, chat messages or token ids")
     if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
         return list(cast("Sequence[int]", prompt))
+    if not isinstance(prompt, str) and not all(_is_message(item) for item in prompt):
+        raise ValueError(f"{prompt!r:.60} is no prompt: give a text, messages with role and content, or token ids")
     if tokenizer is None:
         raise ValueError("the checkpoint folder has no tokenizer: give token ids, or add its tokenizer files")
     if not template:
@@ -59,6 +63,10 @@ def encode(tokenizer: Any, prompt: Prompt, template: bool = True) -> list[int]:
     return list(ids)
 
 
+def _is_message(item: object) -> bool:
+    return isinstance(item, Mapping) and {"role", "content"} <= item.keys()
+
+
 def template_name(tokenizer: Any) -> str:
     """Name of the chat template for logs: the first 12 hex digits of its SHA-256, "none" where there is none."""
     template = getattr(tokenizer, "chat_template", None)
@@ -70,7 +78,11 @@ def template_name(tokenizer: Any) -> str:
 
 def encode_all(tokenizer: Any, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
     """Token ids of every prompt. A text, a list of messages and a list of ids are one prompt each."""
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
+    if not isinstance(prompts, Sequence):
+        raise ValueError(
+            f"prompts are a {type(prompts).__name__}: give a text, chat messages or ids, or a list of them"
+        )
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
     batch = [cast("Prompt", prompts)] if single else list(cast("Sequence[Prompt]", prompts))
     if not batch:
         raise ValueError("no prompts were given: pass a text, chat messages or token ids, or a list of them")

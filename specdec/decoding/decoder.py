@@ -1,6 +1,6 @@
 """The decode loop: one for every drafter, every verifier, every target, and for plain decoding.
 
-    propose -> verify -> accept -> commit -> observe -> stop test and advance -> one row of the trace
+propose -> verify -> accept -> commit -> observe -> stop test and advance -> one row of the trace
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from specdec.decoding.chat import Prompt, TextStream, encode_all
-from specdec.decoding.state import LENGTH, RECORD_FIELDS, DecodeState
+from specdec.decoding.state import RECORD_FIELDS, DecodeState
 from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
 from specdec.drafter import Drafter
+from specdec.kernels.steps import LENGTH
 from specdec.sampling import choose
 from specdec.target import Target
 from specdec.types import Acceptance, DraftTree, Sampling
@@ -34,6 +36,9 @@ class SamplingParams:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
+                raise ValueError(f"sampling.{name}={value!r} must be a number")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"sampling.temperature={self.temperature} must be 0 (greedy) or above")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
@@ -43,6 +48,7 @@ class SamplingParams:
 
     def tensors(self, batch: int, device: torch.device) -> Sampling:
         """The same values for every row; seeds and positions are set as requests begin."""
+        mode: Literal["greedy", "sampled", "warped"]
         mode = "greedy" if self.temperature == 0 else "sampled" if self.top_k == 0 and self.top_p == 1 else "warped"
         zeros = torch.zeros(batch, device=device)
         return Sampling(
@@ -125,8 +131,8 @@ class SpeculativeDecoder:
     ) -> GenerationResult:
         """Answer prompts: text (one user turn), chat messages, or token ids; one or a list of them.
 
-        More prompts than batch rows wait in a queue. `stop`: token ids, or strings that are one token, besides the model's
-        own. A seed (one for all, or one a prompt) gives the same tokens again, whatever shares the batch.
+        More prompts than batch rows wait in a queue. `stop`: token ids, or strings that are one token, besides the
+        model's own. A seed (one for all, or one a prompt) gives the same tokens again, whatever shares the batch.
         """
         requests = self._requests(prompts, max_new_tokens, seed)
         traces = [RequestTrace(len(request.ids)) for request in requests]
@@ -163,20 +169,24 @@ class SpeculativeDecoder:
         seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(encoded):
             raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: give one seed, or one a prompt")
-        vocabulary = self.target.config.vocab_size
         for ids in encoded:
-            bad = next((i for i in ids if not 0 <= i < vocabulary), None)
-            if bad is not None:
-                raise ValueError(f"token id {bad} is outside the target's vocabulary of {vocabulary}: wrong tokenizer?")
+            self._check_ids(ids)
         return [_Request(i, ids, _noise_seed(s, ids)) for i, (ids, s) in enumerate(zip(encoded, seeds, strict=True))]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """ValueError for a token id that the target does not have."""
+        vocabulary = self.target.config.vocab_size
+        bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the target's vocabulary of {vocabulary}: wrong tokenizer?")
 
     def _stop_ids(self, stop: Sequence[int | str], ignore_eos: bool) -> Tensor:
         ids = [] if ignore_eos else list(self.target.config.eos_token_ids)
         if not ignore_eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
-        for item in stop:
-            encoded = [item] if isinstance(item, int) else encode_stop(self.tokenizer, item)
-            ids += encoded
+        for item in [stop] if isinstance(stop, str) else stop:
+            ids += [item] if isinstance(item, int) else encode_stop(self.tokenizer, item)
+        self._check_ids(ids)
         return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.target.lengths.device)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -218,11 +228,26 @@ class SpeculativeDecoder:
         self, waiting: deque[_Request], free: list[int], owner: list[int | None], traces: list[RequestTrace], new: int
     ) -> Iterator[tuple[int, list[int]]]:
         """Prefill waiting requests into free rows, and choose their first tokens."""
+        taken = {row: waiting.popleft() for row in free[: len(waiting)]}
+        begin = perf_counter()
+        record = self._prefill(taken, new)
+        seconds = perf_counter() - begin
+        for row, request in taken.items():
+            trace = traces[request.index]
+            trace.prefill_seconds = seconds / len(taken)
+            trace.tokens.append(record[row][RECORD_FIELDS])
+            if record[row][4]:
+                trace.finish = _finish(record[row][4])
+            else:
+                owner[row] = request.index
+            yield request.index, [record[row][RECORD_FIELDS]]
+
+    @torch.inference_mode()
+    def _prefill(self, taken: dict[int, _Request], new: int) -> list[list[int]]:
+        """Fill rows with prompts and start them from the target's next token; the record of every row, on the host."""
         state = self.state
         assert state is not None
-        taken = {row: waiting.popleft() for row in free[: len(waiting)]}
-        batch, device = len(owner), state.tokens.device
-        begin = perf_counter()
+        batch, device = len(state.tokens), state.tokens.device
         width = max(len(request.ids) for request in taken.values())
         prompts = torch.zeros(batch, width, dtype=torch.int64)
         lengths = torch.zeros(batch, dtype=torch.int32)
@@ -234,20 +259,15 @@ class SpeculativeDecoder:
         prompts = prompts.to(device)
         state.begin(rows, prompts, lengths.to(device), (lengths + new).to(device), seeds.to(device))
         output = self.target.prefill(prompts, lengths)
-        position = state.lengths[:, None] - 1
-        roots = choose(output.logits, state.sampling, position)[:, 0]
-        record = state.set_roots(rows, roots, output.features).tolist()
+        if bool(output.logits[rows].isnan().any()):  # the host reads the first tokens anyway
+            raise ValueError(
+                f"the target's logits are NaN after a prompt of {width} tokens or fewer, so no token can be chosen: "
+                "its weights are at fault, or its dtype is too narrow for them (try target.dtype=float32)"
+            )
+        roots = choose(output.logits, state.sampling, state.lengths[:, None] - 1)[:, 0]
+        record: list[list[int]] = state.set_roots(rows, roots, output.features).tolist()
         state.max_new = max(width, state.max_new)
-        seconds = perf_counter() - begin
-        for row, request in taken.items():
-            trace = traces[request.index]
-            trace.prefill_seconds = seconds / len(taken)
-            trace.tokens.append(record[row][RECORD_FIELDS])
-            if record[row][4]:
-                trace.finish = _finish(record[row][4])
-            else:
-                owner[row] = request.index
-            yield request.index, [record[row][RECORD_FIELDS]]
+        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,11 +290,11 @@ class _Reader:
     ) -> tuple[list[list[int]], list[float], list[int | None]] | None:
         if not self._late:
             rows = record.tolist()
-            parts = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+            parts = [b - a for a, b in pairwise(marks)]
             return rows, [perf_counter() - marks[0], *parts], owner
         host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
         host.copy_(record, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         previous, self._pending = self._pending, (host, event, owner)
         if previous is None:
@@ -331,7 +351,9 @@ def widest_row(tree: DraftTree) -> int:
 
 def encode_stop(tokenizer: Any, text: str) -> list[int]:
     """The one token a stop string is, or a ValueError."""
-    ids = [] if tokenizer is None else tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer is None:
+        raise ValueError(f"the stop string {text!r} needs a tokenizer, and the checkpoint has none: stop on a token id")
+    ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         raise ValueError(f"the stop string {text!r} is {len(ids)} tokens, not 1: stop on a token id")
     return list(ids)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kernels import steps
+from specdec.kernels.steps import LENGTH, STOP
 from specdec.types import Acceptance, DraftInputs, DraftTree, ModelOutput, Sampling
 
 RECORD_FIELDS = 5  # num_nodes, draft_depth, num_accepted, num_emitted, finished; then the emitted tokens
-LENGTH, STOP = 1, 2
 
 
 @dataclass(slots=True)
@@ -67,38 +69,23 @@ class DecodeState:
         if self.features is None:
             return features
         width = max(features.shape[1], self.features.shape[1])
-        both = [torch.nn.functional.pad(f, (0, 0, 0, width - f.shape[1])) for f in (features, self.features)]
-        return torch.where(rows[:, None, None], *both)
+        begun, others = (F.pad(f, (0, 0, 0, width - f.shape[1])) for f in (features, self.features))
+        return torch.where(rows[:, None, None], begun, others)
 
     def draft_inputs(self) -> DraftInputs:
         return DraftInputs(self.tokens, self.lengths, self.num_new, self.max_new, self.features, self.sampling)
 
     def advance(self, tree: DraftTree, output: ModelOutput, acceptance: Acceptance) -> Tensor:
         """Append what the step emitted, up to a stop token or the limit. Returns the record int64 [B, 5 + E]."""
-        path, accepted = acceptance.path.long(), acceptance.num_accepted
-        steps = path.shape[1]
-        column = torch.arange(steps, device=path.device)
-        following = tree.tokens.gather(1, path).roll(-1, 1)
-        emitted = torch.where(column < accepted[:, None], following, acceptance.next_token[:, None])
-        # a running row emits at least one token: its limit is not reached yet
-        count = torch.minimum(accepted + 1, self.limits - self.lengths)
-        stops = torch.isin(emitted, self.stop_ids) & (column < count[:, None])
-        first_stop = torch.where(stops, column, steps).amin(1)
-        stopped = first_stop < count
-        count = torch.where(self.running, torch.minimum(count, first_stop + 1), 0).to(torch.int32)
-        self.tokens.scatter_(1, (self.lengths[:, None] + column).long(), emitted)
-        self.lengths = self.lengths + count
-        ended = self.running & (stopped | (self.lengths >= self.limits))
-        finished = ended * torch.where(stopped, STOP, LENGTH)
-        if tree.is_chain:
-            depth = tree.num_nodes - 1
-        else:
-            real = torch.arange(tree.tokens.shape[1], device=path.device) < tree.num_nodes[:, None]
-            depth = torch.where(real, tree.node_depths(), 0).amax(1)
-        record = torch.cat([torch.stack([tree.num_nodes, depth, accepted, count, finished], 1), emitted], 1)
+        count: Tensor
+        self.lengths, count, self.running, record = steps.advance(
+            tree.tokens, tree.parents, tree.num_nodes,
+            acceptance.path, acceptance.num_accepted, acceptance.next_token,
+            self.tokens, self.lengths, self.limits, self.running, self.stop_ids,
+        )  # fmt: skip
         if output.features is not None:
-            self.features = output.features.gather(1, path[:, :, None].expand(-1, -1, output.features.shape[2]))
-        self.num_new, self.max_new = count, steps
-        self.running = self.running & ~ended
+            width = output.features.shape[2]
+            self.features = output.features.gather(1, acceptance.path.long()[:, :, None].expand(-1, -1, width))
+        self.num_new, self.max_new = count, acceptance.path.shape[1]
         self.sampling.position = self.lengths
         return record

@@ -5,6 +5,7 @@ Shapes: B rows, n nodes of one level, W window of recent tokens, C chunk of the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = ["SmallModel"]
 class SmallModel(Drafter):
     """Drafts a chain or tree with any model that has the target's allocate and forward, and the target's vocabulary.
 
+    model: such an object, or a function that builds it: then its weights wait for the first request and are kept.
     The row's committed length says what the cache holds, so no state of its own can run out of step: a step re-runs
     the last W = D + 2 tokens, at most D + 1 of them new, and a rejected draft is simply overwritten.
     """
@@ -36,6 +38,8 @@ class SmallModel(Drafter):
     ) -> None:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
+        if not hasattr(model, "allocate"):
+            _check_arguments(model)
         self._shape = TreeShape(regular_paths([1] * num_draft_tokens if num_children is None else num_children))
         self.model = model
         self.prefill_chunk = prefill_chunk
@@ -43,6 +47,8 @@ class SmallModel(Drafter):
         self.depth = self._shape.depth
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
+        if not hasattr(self.model, "allocate"):
+            self.model = self.model()
         _check_vocabularies(self.model, target)
         self._law = law
         # max_len counts room for one tree behind the longest row, which is no position the model must know
@@ -80,6 +86,14 @@ class SmallModel(Drafter):
     def _forward(self, inputs: ModelInputs) -> Tensor:
         logits: Tensor = self.model.forward(inputs).logits
         return logits
+
+
+def _check_arguments(model: Any) -> None:
+    """Raise ValueError unless the function that builds the model has all it needs, long before it is called."""
+    try:
+        inspect.signature(model).bind()
+    except TypeError as error:
+        raise ValueError(f"the draft model is {error}; give it one, as in drafter.model.checkpoint=DIR") from error
 
 
 def _check_vocabularies(model: Any, target: Any) -> None:

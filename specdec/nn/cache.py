@@ -13,20 +13,36 @@ from specdec.nn.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of all layers, each [layers, B, G, S, E]. Rolling back is not advancing the lengths."""
+    """Keys and values of all layers. Rolling back is not advancing the lengths.
 
-    def __init__(self, config: ModelConfig, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_layers, batch_size, config.num_kv_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    values [layers, B, G, S, E]. keys alike, or in blocks of `key_block` slots [layers, B, G, S/block, E, block] for kernels
+    that want them so.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        key_block: int = 1,
+    ) -> None:
+        assert slots % key_block == 0
+        outer, size = (config.num_layers, batch_size, config.num_kv_heads), config.head_dim
+        self.key_block = key_block
+        inner = (slots, size) if key_block == 1 else (slots // key_block, size, key_block)
+        self.keys = torch.zeros((*outer, *inner), dtype=dtype, device=device)
+        self.values = torch.zeros((*outer, slots, size), dtype=dtype, device=device)
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[3]
+        return self.values.shape[3]
 
     def row(self, index: int) -> KVCache:
         """The same memory, one row of it."""
         view = object.__new__(KVCache)
+        view.key_block = self.key_block
         view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
         return view
 
@@ -41,5 +57,10 @@ class KVCache:
         start = lengths[:, None]
         source, target = (start + node).long(), (start + step).long()
         rows = torch.arange(batch, device=path.device)[:, None]
-        for store in (self.keys, self.values):
-            store[:, rows, :, target] = store[:, rows, :, source]
+        self.values[:, rows, :, target] = self.values[:, rows, :, source]
+        if self.key_block == 1:
+            self.keys[:, rows, :, target] = self.keys[:, rows, :, source]
+            return
+        block = self.key_block
+        moved = self.keys[:, rows, :, source // block, :, source % block]
+        self.keys[:, rows, :, target // block, :, target % block] = moved

@@ -35,7 +35,9 @@ class ModelConfig:
             )
         for key, wanted in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
             if config.get(key, wanted) != wanted:
-                raise ValueError(f"{key} = {config[key]!r} is not computed here (only {wanted!r}): use target=huggingface")
+                raise ValueError(
+                    f"{key} = {config[key]!r} is not computed here (only {wanted!r}): use target=huggingface"
+                )
         rope = config.get("rope_parameters") or {}
         scaling = config.get("rope_scaling") or rope
         heads = config["num_attention_heads"]
@@ -62,5 +64,8 @@ class ModelConfig:
         """ValueError for sizes that no kernel computes."""
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads do not share {self.num_kv_heads} KV heads evenly")
-        if self.rope_scaling is not None and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) != "llama3":
+        if (
+            self.rope_scaling is not None
+            and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) != "llama3"
+        ):
             raise ValueError(f"rope scaling {dict(self.rope_scaling)} is not computed here (none or llama3)")

@@ -87,5 +87,3 @@ class DecoderLayer(nn.Module):
         qkv = ops.norm_linear(x, self.norms[0], self.eps, self.qkv)
         ops.add_linear(x, ops.attention(qkv, keys, values, inputs, cos, sin, self.rope), self.o)
         ops.add_linear(x, ops.norm_swiglu(x, self.norms[1], self.eps, self.gate_up), self.down)
-
-

@@ -43,6 +43,7 @@ class DecoderModel(nn.Module):
         self.config = config
         self.dtype = dtype
         self.model = _Stack(config, dtype)
+        self.cos = self.sin = torch.empty(0)
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config.vocab_size, config.hidden_size, dtype)
 
@@ -63,7 +64,7 @@ class DecoderModel(nn.Module):
 
     def set_positions(self, positions: int) -> None:
         """Make the rotary tables cover that many positions."""
-        if not hasattr(self, "cos") or self.cos.shape[0] < positions:
+        if self.cos.shape[0] < positions:
             self.cos, self.sin = rope_tables(self.config, positions, self.embedding.device)
 
     def forward(

@@ -28,4 +28,5 @@ def _llama3(frequency: Tensor, config: ModelConfig) -> Tensor:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = original * frequency / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequency + (1 - keep) * frequency / factor
+    blended: Tensor = keep * frequency + (1 - keep) * frequency / factor
+    return blended

@@ -79,11 +79,14 @@ class Llama:
             )
         for tap in features:
             if tap != "hidden" and tap not in range(self.config.num_layers):
-                raise ValueError(f'features tap layer {tap!r}; the target has layers 0 to {self.config.num_layers - 1} and "hidden"')
+                raise ValueError(
+                    f'features tap layer {tap!r}; the target has layers 0 to {self.config.num_layers - 1} and "hidden"'
+                )
         slots = max_len + num_nodes
         if self.cache is None or self.cache.keys.shape[1] != batch_size or self.cache.slots < slots:
             slots += -slots % 256
-            self.cache = KVCache(self.config, batch_size, slots, self.model.dtype, self.device)
+            block = self.model.ops.KEY_BLOCK
+            self.cache = KVCache(self.config, batch_size, slots, self.model.dtype, self.device, block)
         self.model.set_positions(self.cache.slots)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         self.features = tuple(features)

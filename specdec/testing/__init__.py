@@ -1,7 +1,7 @@
 """Conformance suites as public API: an outside drafter or verifier certifies itself with one call.
 
-    check_drafter(MyDrafter, TargetOnly())      its output is plain output, and it never syncs the host
-    check_verifier(MyVerifier())                what it emits follows the target's law
+check_drafter(MyDrafter, TargetOnly())      its output is plain output, and it never syncs the host
+check_verifier(MyVerifier())                what it emits follows the target's law
 """
 
 from specdec.testing.drafters import DrafterReport, check_drafter

@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from specdec.decoding import SpeculativeDecoder, decoder as loop
+from specdec.decoding import SpeculativeDecoder
+from specdec.decoding import decoder as loop
 from specdec.drafter import Drafter
 from specdec.target.toy import Toy
 from specdec.testing.errors import ConformanceError

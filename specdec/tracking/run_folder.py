@@ -75,6 +75,11 @@ class RunFolder:
         """Let others write here. Nothing is pending: every row is on disk already."""
         self._trace.close()
 
+    @property
+    def done(self) -> bool:
+        """Whether the run is complete, derived files included."""
+        return (self.path / "DONE").exists()
+
     def finished(self) -> set[Key]:
         """(drafter, verifier, request, turn, pass) of every row in the trace; an interrupted run skips these."""
         return set(self._keys)
@@ -119,8 +124,9 @@ class RunFolder:
         """Write config and environment, or check them against those of the part that was interrupted."""
         place, facts = self.path / "config.yaml", environment(argv)
         text = OmegaConf.to_yaml(OmegaConf.create(config), resolve=True)
-        if not place.exists():
-            if os.fstat(self._trace.fileno()).st_size:
+        empty = os.fstat(self._trace.fileno()).st_size == 0
+        if not place.exists() or empty:  # a run that measured nothing binds nobody to its config
+            if not empty:
                 raise RunError(f"{self.path} holds a trace but no config.yaml; choose another folder")
             write_atomic(self.path / "environment.json", json.dumps({**facts, "resumed": []}, indent=2) + "\n")
             write_atomic(place, text)
@@ -130,7 +136,8 @@ class RunFolder:
                 f"{self.path} was started with another config: {'; '.join(differ)}. "
                 "Use the same config to go on, or another folder"
             )
-        self._resume(facts)
+        if not self.done:
+            self._resume(facts)
 
     def _resume(self, facts: dict[str, Any]) -> None:
         """Note that the run went on, and say so when what it runs on has changed."""
@@ -146,7 +153,8 @@ class RunFolder:
     def _repair(self) -> set[Key]:
         """Cut off a line that a killed process left unfinished; the keys of all others."""
         rows, whole = metrics.read_rows(self.path / "trace.jsonl")
-        os.ftruncate(self._trace.fileno(), whole)
+        if whole < os.fstat(self._trace.fileno()).st_size:  # a finished trace keeps even its date
+            os.ftruncate(self._trace.fileno(), whole)
         return {_key(row) for row in rows}
 
     @contextmanager

@@ -45,9 +45,10 @@ class WandbTracker:
             raise ValueError(f"tracking.mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
         self.project, self.mode, self.group, self.tags, self.timeout = project, mode, group, list(tags), timeout
 
-    def log(self, folder: Path) -> str | None:
+    def log(self, folder: Path, group: str | None = None) -> str | None:
         """Copy a finished run folder: the page's address when online, else the offline record; None without a copy.
 
+        `group` is the run's group in W&B unless the config names one.
         Warns, and never raises, when W&B cannot be reached, refuses the key or the record cannot be written.
         """
         mode = self._mode()
@@ -56,7 +57,7 @@ class WandbTracker:
         folder = Path(folder)
         try:
             with _kept_inside(folder):
-                record = self._record(folder)
+                record = self._record(folder, self.group or group)
         except OUTAGE as error:
             warnings.warn(f"no W&B copy of {folder} ({_sentence(error)}); the run itself is complete", stacklevel=2)
             return None
@@ -75,14 +76,14 @@ class WandbTracker:
             return self.mode
         return os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
 
-    def _record(self, folder: Path) -> Path:
+    def _record(self, folder: Path, group: str | None) -> Path:
         """Write the run to RUN/wandb/offline-run-*; returns that directory."""
         settings = wandb.Settings(
             silent=True, quiet=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True
         )
         run = wandb.init(
             project=self.project,
-            group=self.group,
+            group=group,
             tags=self.tags,
             name=folder.resolve().name,
             config=_config(folder),

@@ -6,9 +6,9 @@ is the target's own choice, and its noise depends on the position alone, so the 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from specdec.kernels.steps import follow
 from specdec.sampling import choose
 from specdec.types import Acceptance, DraftTree, Sampling
 from specdec.verifier import Verifier
@@ -21,34 +21,8 @@ class TargetOnly(Verifier):
 
     def accept(self, tree: DraftTree, logits: Tensor, sampling: Sampling) -> Acceptance:
         """Walk down along the target's choices; the first of equal siblings stands for all."""
-        index = torch.arange(tree.tokens.shape[1], dtype=torch.int32, device=tree.tokens.device)
-        depths = index if tree.is_chain else tree.node_depths()
-        chosen = choose(logits, sampling, sampling.position[:, None] + depths)
-        if tree.is_chain:
-            return _walk_chain(tree, chosen, index)
-        return _walk_tree(tree, chosen, index)
-
-
-def _walk_chain(tree: DraftTree, chosen: Tensor, index: Tensor) -> Acceptance:
-    """The longest prefix of drafts that were chosen. chosen int64 [B, N], index int32 [N]."""
-    hit = (chosen[:, :-1] == tree.tokens[:, 1:]) & (index[1:] < tree.num_nodes[:, None])
-    num_accepted = hit.cumprod(1).sum(1, dtype=torch.int32)
-    last = num_accepted[:, None]
-    return Acceptance(torch.minimum(index, last), num_accepted, chosen.gather(1, last.long()).squeeze(1))
-
-
-def _walk_tree(tree: DraftTree, chosen: Tensor, index: Tensor) -> Acceptance:
-    """One level a turn; a row without a matching child stays where it is. chosen int64 [B, N], index int32 [N]."""
-    padding = index.shape[0]
-    real = index < tree.num_nodes[:, None]
-    node = torch.zeros_like(tree.num_nodes)[:, None]
-    path = [node]
-    num_accepted = torch.zeros_like(tree.num_nodes)
-    for _ in range(tree.depth):
-        hit = real & (tree.parents == node) & (tree.tokens == chosen.gather(1, node.long()))
-        child = torch.where(hit, index, padding).amin(1, keepdim=True)
-        found = child < padding
-        node = torch.where(found, child, node)
-        num_accepted = num_accepted + found.squeeze(1)
-        path.append(node)
-    return Acceptance(torch.cat(path, 1), num_accepted, chosen.gather(1, node.long()).squeeze(1))
+        position = sampling.position[:, None]  # all that greedy choice, which needs no noise, looks at
+        if sampling.mode != "greedy":
+            position = position + tree.node_depths()
+        chosen = choose(logits, sampling, position)
+        return Acceptance(*follow(tree.tokens, tree.parents, tree.num_nodes, chosen, tree.depth))
