@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.kernels.cpu import linear as products
-from specdec.kernels.cpu import ops, simd
+from specdec.kernels.cpu import ops, simd, tiles
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDEST = 20
@@ -174,7 +174,7 @@ def test_exp() -> None:
 
 
 def tile_driver(tokens: int, kind: str) -> Any:
-    tile = simd.make_tile(tokens, kind)
+    tile = tiles.make_tile(tokens, kind)
 
     @njit
     def run(panel, x, x_stride, steps, out):  # type: ignore[no-untyped-def]

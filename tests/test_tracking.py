@@ -124,6 +124,7 @@ def test_another_config_is_refused_by_name(run: Path) -> None:
 
 
 def test_a_changed_machine_is_noted(run: Path) -> None:
+    (run / "DONE").unlink()  # a run that is done is not gone on with
     facts = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(json.dumps({**facts, "cpu": "another"}))
     with pytest.warns(UserWarning, match="other values of cpu"), RunFolder(run, CONFIG, []):

@@ -11,21 +11,21 @@ blocks of 16 slots, [B, G, S/16, E, 16], so that 16 scores come out of one vecto
 from __future__ import annotations
 
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from torch import Tensor
 
-from specdec.kernels.cpu import simd
+from specdec.kernels.cpu import simd, tiles
 from specdec.kernels.cpu.memory import aligned_empty
-from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, bits_of, check_real, finish, take
+from specdec.kernels.cpu.parallel import MAX_ARGS, bits_of, check_real, finish, kernel, take
 from specdec.types import ModelInputs
 
 _NEG_INF = float("-inf")
 KEY_BLOCK = 16
 _HEADS = 4  # query heads that share the loads of one KV head
-_sb1, _sb2, _sb3, _sb4 = (simd.make_scores(h, True) for h in range(1, 5))
-_sf1, _sf2, _sf3, _sf4 = (simd.make_scores(h, False) for h in range(1, 5))
-_vb1, _vb2, _vb3, _vb4 = (simd.make_values(h, True) for h in range(1, 5))
-_vf1, _vf2, _vf3, _vf4 = (simd.make_values(h, False) for h in range(1, 5))
+_sb1, _sb2, _sb3, _sb4 = (tiles.make_scores(h, True) for h in range(1, 5))
+_sf1, _sf2, _sf3, _sf4 = (tiles.make_scores(h, False) for h in range(1, 5))
+_vb1, _vb2, _vb3, _vb4 = (tiles.make_values(h, True) for h in range(1, 5))
+_vf1, _vf2, _vf3, _vf4 = (tiles.make_values(h, False) for h in range(1, 5))
 
 
 def to_blocks(keys: Tensor) -> Tensor:
@@ -243,16 +243,13 @@ def _attention(a, thread):
         chunk = take(a)
 
 
-_SIGNATURE = types.void(types.CPointer(types.int64), types.int64)
-
-
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)
-def _rope_kernel(args, thread):
+@kernel
+def _run_rope(args, thread):
     _rope_append(carray(args, (MAX_ARGS,)), thread)
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)
-def _attention_kernel(args, thread):
+@kernel
+def _run_attention(args, thread):
     _attention(carray(args, (MAX_ARGS,)), thread)
 
 
@@ -260,8 +257,6 @@ class Attention:
     """Launcher of both kernels: holds the scratch memory of the threads."""
 
     def __init__(self) -> None:
-        self._rope = Kernel(_rope_kernel)
-        self._attention = Kernel(_attention_kernel)
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def __call__(
@@ -286,8 +281,10 @@ class Attention:
         for name in ("positions", "prefix_lens", "paths"):  # read by address: strides are not looked at
             value = getattr(inputs, name)
             assert value is None or (value.dtype == torch.int32 and value.is_contiguous()), name
-        assert keys.shape[2:] == (slots // KEY_BLOCK, size, KEY_BLOCK) and slots % KEY_BLOCK == 0
-        assert keys.stride()[:2] == values.stride()[:2] and keys[0, 0].is_contiguous() and values[0, 0].is_contiguous()
+        assert keys.shape[2:] == (slots // KEY_BLOCK, size, KEY_BLOCK)
+        assert keys.stride()[:2] == values.stride()[:2]
+        assert keys[0, 0].is_contiguous()
+        assert values[0, 0].is_contiguous()
         bf16 = int(keys.dtype == torch.bfloat16)
         scores = 4 * slots + 64  # bytes of one head's; not a power of two apart, where caches would collide
         stride = 64 * (2 * _HEADS + 1) + _HEADS * scores
@@ -298,13 +295,13 @@ class Attention:
         prefix, row_bytes = inputs.prefix_lens.data_ptr(), qkv.stride(0) * 4
         moved, attended = rows * per_row * (heads + 2 * groups), rows * per_row * groups
         moved_each, attended_each = max(16, moved // 64), max(1, attended // 64)
-        self._rope(
+        _run_rope(
             moved_each, qkv.data_ptr(), row_bytes, rows, per_row, inputs.positions.data_ptr(), prefix, inputs.offset,
             cos.data_ptr(), sin.data_ptr(), *cache, heads, groups, size, bf16, int(rope),
             chunks=-(-moved // moved_each), keep=(qkv, inputs.positions, inputs.prefix_lens, cos, sin),
         )  # fmt: skip
         paths, path_len = (0, 0) if inputs.paths is None else (inputs.paths.data_ptr(), inputs.paths.shape[2])
-        self._attention(
+        _run_attention(
             attended_each, qkv.data_ptr(), row_bytes, rows, per_row, prefix, inputs.offset, paths, path_len, *cache,
             heads, groups, size, bf16, out.data_ptr(), out.stride(0) * item, self._scratch.data_ptr(), stride,
             bits_of(size**-0.5), scores, chunks=-(-attended // attended_each), keep=(self._scratch, keys, values, out),

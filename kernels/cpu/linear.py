@@ -10,18 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from torch import Tensor
 
-from specdec.kernels.cpu import simd
+from specdec.kernels.cpu import simd, tiles
 from specdec.kernels.cpu.memory import aligned_empty, weight_empty
-from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, bits_of, check_real, finish, take
+from specdec.kernels.cpu.parallel import MAX_ARGS, bits_of, check_real, finish, kernel, take
 
 PANEL = 32
 STORE, ADD, SWIGLU = 0, 1, 2
 _KIND = "bf16_dot" if simd.has_bf16_dot() else "bf16_fma"
-_b1, _b2, _b3, _b4, _b5, _b6, _b7, _b8 = (simd.make_tile(m, _KIND) for m in range(1, 9))
-_f1, _f2, _f3, _f4, _f5, _f6, _f7, _f8 = (simd.make_tile(m, "f32") for m in range(1, 9))
+_b1, _b2, _b3, _b4, _b5, _b6, _b7, _b8 = (tiles.make_tile(m, _KIND) for m in range(1, 9))
+_f1, _f2, _f3, _f4, _f5, _f6, _f7, _f8 = (tiles.make_tile(m, "f32") for m in range(1, 9))
 _CHUNKS = 64  # of a product with many panels; few enough that taking them costs nothing
 _TOKENS = 8  # of one tile: 16 accumulators and what feeds them fit the vector registers
 
@@ -182,8 +182,8 @@ def _linear(a, thread):
         chunk = take(a)
 
 
-@cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)
-def _linear_kernel(args, thread):
+@kernel
+def _run_linear(args, thread):
     _linear(carray(args, (MAX_ARGS,)), thread)
 
 
@@ -191,7 +191,6 @@ class Linear:
     """The product's launcher: holds the scratch memory of the threads."""
 
     def __init__(self) -> None:
-        self._kernel = Kernel(_linear_kernel)
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def __call__(
@@ -222,7 +221,7 @@ class Linear:
         outputs = weight.outputs // 2 if weight.swiglu else weight.outputs
         panels = -(-outputs // (16 if weight.swiglu else PANEL))
         per_chunk = max(1, panels // _CHUNKS)
-        self._kernel(
+        _run_linear(
             weight.data.data_ptr(), outputs, weight.inputs, tokens, per_chunk,
             x.data_ptr(), x.stride(0) * x.element_size(), 0 if norm is None else norm.data_ptr(),
             self._scratch.data_ptr(), size, out.data_ptr(), out.stride(0) * out.element_size(), epilogue,

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from specdec.kernels.cpu import simd
+from specdec.paths import cache_dir
 
 MAX_ARGS = 32  # int64 arguments of a kernel; the first two are the address of its counters and its number of chunks
 _SPINS = 2000  # looks at an unfinished kernel before the processor is offered to others
@@ -60,6 +63,39 @@ _thread_num = types.ExternalFunction("specdec_thread_num", types.int32())
 _give_way = types.ExternalFunction("specdec_give_way", types.int32())
 
 
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def _sources() -> str:
+    """Fingerprint of everything that goes into the kernels: Numba itself looks at a function's own file only."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiled(signature: Any) -> Callable[[Any], Any]:
+    """Compile a function of C arguments once, and keep the machine code for the next process."""
+
+    def decorate(function: Any) -> Any:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(cache_dir() / f"kernels-{_sources()}")
+        try:
+            return cfunc(signature, error_model="numpy", cache=True)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate
+
+
+_KERNEL = types.void(types.CPointer(types.int64), types.int64)
+
+
+def kernel(function: Any) -> Kernel:
+    """Make a launcher of `function(args: int64 *, thread: int64)`."""
+    return Kernel(compiled(_KERNEL)(function))
+
+
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
@@ -89,12 +125,12 @@ def _execute(header, thread):
                 _give_way()
 
 
-@cfunc(types.void(types.CPointer(types.int64)), error_model="numpy", cache=True)
+@compiled(types.void(types.CPointer(types.int64)))
 def _region(header):
     _execute(carray(header, (2,)), types.int64(_thread_num()))
 
 
-@cfunc(types.void(types.CPointer(types.int64), types.int64), error_model="numpy", cache=True)
+@compiled(_KERNEL)
 def _member(header, thread):
     _execute(carray(header, (2,)), thread)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from torch import Tensor
 
 from specdec.kernels.cpu import simd
-from specdec.kernels.cpu.parallel import MAX_ARGS, Kernel, bits_of, finish, take
+from specdec.kernels.cpu.parallel import MAX_ARGS, bits_of, finish, kernel, take
 
-_SIGNATURE = types.void(types.CPointer(types.int64), types.int64)
 _SPAN = 256  # logits between two looks at the largest one so far
 
 
@@ -35,8 +34,8 @@ def _argmax_row(row, size):
     return where
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)
-def _argmax_kernel(args, thread):
+@kernel
+def _argmax(args, thread):
     a = carray(args, (MAX_ARGS,))
     row = take(a)
     while row < a[1]:
@@ -45,8 +44,8 @@ def _argmax_kernel(args, thread):
         row = take(a)
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)
-def _argmax_one_kernel(args, thread):
+@kernel
+def _argmax_one(args, thread):
     a = carray(args, (MAX_ARGS,))
     simd.store_long(a[4], _argmax_row(a[2], a[3]))
 
@@ -66,8 +65,8 @@ def _match(text, last, max_ngram):
     return best, end
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)
-def _lookup_kernel(args, thread):
+@kernel
+def _lookup(args, thread):
     a = carray(args, (MAX_ARGS,))
     rows, tokens, stride, lengths, drafts, max_ngram, min_ngram = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     factor, out, counts = simd.float_of(a[9]), a[10], a[11]
@@ -83,8 +82,8 @@ def _lookup_kernel(args, thread):
         simd.store_int(counts + 4 * b, count + 1)
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)
-def _follow_kernel(args, thread):
+@kernel
+def _follow(args, thread):
     a = carray(args, (MAX_ARGS,))
     rows, depth, nodes, node_stride, parents, parent_stride = a[2], a[3], a[4], a[5], a[6], a[7]
     num_nodes, chosen, chosen_stride, path, accepted, following = a[8], a[9], a[10], a[11], a[12], a[13]
@@ -116,8 +115,8 @@ def _deepest(parents, count, scratch):
     return deepest
 
 
-@cfunc(_SIGNATURE, error_model="numpy", cache=True)
-def _advance_kernel(args, thread):
+@kernel
+def _advance(args, thread):
     a = carray(args, (MAX_ARGS,))
     rows, steps, nodes, node_stride, parents, parent_stride = a[2], a[3], a[4], a[5], a[6], a[7]
     num_nodes, path, accepted, next_token, tokens, token_stride = a[8], a[9], a[10], a[11], a[12], a[13]
@@ -149,10 +148,6 @@ def _advance_kernel(args, thread):
         simd.store_long(row + 16, taken)
         simd.store_long(row + 24, count)
         simd.store_long(row + 32, (2 if stopped == 1 else 1) if ended else 0)
-
-
-_argmax, _argmax_one, _lookup = Kernel(_argmax_kernel), Kernel(_argmax_one_kernel), Kernel(_lookup_kernel)
-_follow, _advance = Kernel(_follow_kernel), Kernel(_advance_kernel)
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The loop, its bookkeeping on the device, and the trace it leaves."""
 
-from specdec.decoding.decoder import SamplingParams, SpeculativeDecoder, check_pair
+from specdec.decoding.decoder import SpeculativeDecoder
+from specdec.decoding.params import SamplingParams, check_pair
 from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
 
 __all__ = ["Chunk", "GenerationResult", "RequestTrace", "SamplingParams", "SpeculativeDecoder", "Trace", "check_pair"]

@@ -9,66 +9,22 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.decoding.chat import Prompt, TextStream, encode_all
+from specdec.decoding.params import SamplingParams, check_pair
+from specdec.decoding.reader import StepReader, finish_reason, note_step
 from specdec.decoding.state import RECORD_FIELDS, DecodeState
 from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
 from specdec.drafter import Drafter
-from specdec.kernels.steps import LENGTH
 from specdec.sampling import choose
 from specdec.target import Target
-from specdec.types import Acceptance, DraftTree, Sampling
+from specdec.types import Acceptance, DraftTree
 from specdec.verifier import Verifier
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen: temperature 0 is greedy; top_k 0 and top_p 1 are off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
-                raise ValueError(f"sampling.{name}={value!r} must be a number")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"sampling.temperature={self.temperature} must be 0 (greedy) or above")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
-            raise ValueError(f"sampling.top_k={self.top_k} must be a whole number, 0 (off) or above")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p} must be above 0 and at most 1 (off)")
-
-    def tensors(self, batch: int, device: torch.device) -> Sampling:
-        """The same values for every row; seeds and positions are set as requests begin."""
-        mode: Literal["greedy", "sampled", "warped"]
-        mode = "greedy" if self.temperature == 0 else "sampled" if self.top_k == 0 and self.top_p == 1 else "warped"
-        zeros = torch.zeros(batch, device=device)
-        return Sampling(
-            zeros + self.temperature, zeros.int() + self.top_k, zeros + self.top_p, zeros.long(), zeros.int(), mode
-        )
-
-
-def check_pair(drafter: Drafter, verifier: Verifier) -> None:
-    """ValueError where a verifier cannot judge what a drafter proposes: says what each needs and offers."""
-    names = type(drafter).__name__, type(verifier).__name__
-    if not verifier.supports_trees and drafter.depth != drafter.num_draft_tokens:
-        raise ValueError(
-            f"{names[1]} judges chains only, and {names[0]} proposes trees ({drafter.num_draft_tokens} drafts, depth "
-            f"{drafter.depth}): use verifier=target_only, rrs or traversal, or a drafter that proposes chains"
-        )
-    if verifier.law not in drafter.laws | {"any"} and "any" not in drafter.laws:
-        raise ValueError(
-            f"{names[1]} needs drafts of law {verifier.law!r}, and {names[0]} offers {sorted(drafter.laws)}: use "
-            "verifier=target_only or another drafter"
-        )
 
 
 class SpeculativeDecoder:
@@ -89,6 +45,7 @@ class SpeculativeDecoder:
         self.sampling = sampling or SamplingParams()
         self.batch_size = batch_size
         self.state: DecodeState | None = None
+        self._lengths: Tensor | None = None  # the target's, as this decoder left them
         self.record: Tensor | None = None  # what the last step did, on the device
         self.marks = (0.0, 0.0, 0.0, 0.0)  # times at which its parts began and ended
 
@@ -114,6 +71,7 @@ class SpeculativeDecoder:
         acceptance = self.verifier.accept(tree, output.logits, state.sampling)
         acceptance.num_accepted = torch.where(state.running, acceptance.num_accepted, -1)
         self.target.commit(acceptance)
+        self._lengths = self.target.lengths
         self.drafter.observe(tree, output, acceptance)
         self.record = state.advance(tree, output, acceptance)
         self.marks = (begin, proposed, verified, perf_counter())
@@ -207,11 +165,16 @@ class SpeculativeDecoder:
         self.drafter.setup(self.target, batch, max_len + nodes, self.verifier.law)
         device = self.target.lengths.device
         sampling = self.sampling.tensors(batch, device)
-        self.state = DecodeState.empty(batch, max_len + nodes, self._stop_ids(stop, ignore_eos), sampling)
+        state = DecodeState.empty(batch, max_len + nodes, self._stop_ids(stop, ignore_eos), sampling)
+        self.state, self._lengths = state, self.target.lengths
         waiting = deque(requests)
         owner: list[int | None] = [None] * batch
-        reader = _Reader(late=device.type == "cuda")
+        reader = StepReader(late=device.type == "cuda")
         while True:
+            if self.state is not state or self.target.lengths is not self._lengths:
+                raise ValueError(
+                    "another generate or stream began on this target before this one ended: finish it first"
+                )
             free = [row for row in range(batch) if owner[row] is None]
             if waiting and free:
                 yield from self._begin(waiting, free, owner, traces, max_new_tokens)
@@ -222,7 +185,7 @@ class SpeculativeDecoder:
             assert self.record is not None
             done = reader.swap(self.record, self.marks, list(owner))
             if done is not None:
-                yield from _note_step(*done, owner, traces)
+                yield from note_step(*done, owner, traces)
 
     def _begin(
         self, waiting: deque[_Request], free: list[int], owner: list[int | None], traces: list[RequestTrace], new: int
@@ -237,7 +200,7 @@ class SpeculativeDecoder:
             trace.prefill_seconds = seconds / len(taken)
             trace.tokens.append(record[row][RECORD_FIELDS])
             if record[row][4]:
-                trace.finish = _finish(record[row][4])
+                trace.finish = finish_reason(record[row][4])
             else:
                 owner[row] = request.index
             yield request.index, [record[row][RECORD_FIELDS]]
@@ -259,6 +222,7 @@ class SpeculativeDecoder:
         prompts = prompts.to(device)
         state.begin(rows, prompts, lengths.to(device), (lengths + new).to(device), seeds.to(device))
         output = self.target.prefill(prompts, lengths)
+        self._lengths = self.target.lengths
         if bool(output.logits[rows].isnan().any()):  # the host reads the first tokens anyway
             raise ValueError(
                 f"the target's logits are NaN after a prompt of {width} tokens or fewer, so no token can be chosen: "
@@ -275,68 +239,6 @@ class _Request:
     index: int
     ids: list[int]
     seed: int  # of the noise
-
-
-class _Reader:
-    """Brings a step's record to the host: at once on the CPU, one step late where the device runs ahead."""
-
-    def __init__(self, late: bool) -> None:
-        self._late = late
-        self._pending: tuple[Any, ...] | None = None
-        self._last = perf_counter()
-
-    def swap(
-        self, record: Tensor, marks: tuple[float, ...], owner: list[int | None]
-    ) -> tuple[list[list[int]], list[float], list[int | None]] | None:
-        if not self._late:
-            rows = record.tolist()
-            parts = [b - a for a, b in pairwise(marks)]
-            return rows, [perf_counter() - marks[0], *parts], owner
-        host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
-        host.copy_(record, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        previous, self._pending = self._pending, (host, event, owner)
-        if previous is None:
-            return None
-        previous[1].synchronize()
-        now = perf_counter()
-        seconds, self._last = now - self._last, now
-        return previous[0].tolist(), [seconds, *[float("nan")] * 3], previous[2]
-
-
-def _note_step(
-    rows: list[list[int]],
-    seconds: list[float],
-    ran: list[int | None],
-    owner: list[int | None],
-    traces: list[RequestTrace],
-) -> Iterator[tuple[int, list[int]]]:
-    """Write one step into the traces of the requests that ran in it, and free the rows that ended."""
-    active = [row for row, index in enumerate(ran) if index is not None and rows[row][2] >= 0]
-    shares = [value / max(len(active), 1) for value in seconds]
-    for row in active:
-        index = ran[row]
-        assert index is not None
-        nodes, depth, accepted, emitted, finished, *tokens = rows[row]
-        trace = traces[index]
-        trace.num_nodes.append(nodes)
-        trace.draft_depth.append(depth)
-        trace.num_accepted.append(accepted)
-        trace.num_emitted.append(emitted)
-        trace.step_seconds.append(shares[0])
-        trace.propose_seconds.append(shares[1])
-        trace.verify_seconds.append(shares[2])
-        trace.accept_seconds.append(shares[3])
-        trace.tokens += tokens[:emitted]
-        if finished:
-            trace.finish = _finish(finished)
-            owner[row] = None
-        yield index, tokens[:emitted]
-
-
-def _finish(code: int) -> str:
-    return "length" if code == LENGTH else "stop"
 
 
 def _noise_seed(seed: int, ids: list[int]) -> int:

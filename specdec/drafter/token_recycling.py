@@ -96,6 +96,6 @@ class TokenRecycling(Drafter):
         nodes = torch.arange(tree.tokens.shape[1], device=top.device)
         counts = (nodes < tree.num_nodes[:, None]) & (acceptance.num_accepted >= 0)[:, None]
         tokens = torch.where(counts, tree.tokens, self.successors.shape[0] - 1).flatten()
-        self._last[tokens] = -1
+        self._last.index_fill_(0, tokens, -1)
         self._last.scatter_reduce_(0, tokens, torch.arange(tokens.shape[0], device=top.device), "amax")
         self.successors[tokens] = top[self._last[tokens]]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from specdec.paths import cache_dir
 from specdec.target.checkpoint import open_safetensors
 
 __all__ = ["cache_dir", "convert_gguf", "smollm2_checkpoint"]
@@ -49,13 +50,6 @@ _PRE_TOKENIZERS: dict[str, list[Any]] = {
     ],
 }
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types that are matched before BPE
-
-
-def cache_dir() -> Path:
-    """Where converted checkpoints live: $SPECDEC_CACHE, else $XDG_CACHE_HOME/specdec, else ~/.cache/specdec."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specdec"
 
 
 def smollm2_checkpoint(progress: Progress | None = None) -> Path:
