@@ -90,10 +90,11 @@ class Replay:
         program.run()
         return stream
 
+    @torch.inference_mode(False)  # plain buffers, which calls inside and outside that mode may fill
     def _record(
         self, stretch: Callable[[Tensor, ModelInputs], None], x: Tensor, inputs: ModelInputs
     ) -> tuple[Program, Tensor, ModelInputs]:
-        stream = torch.empty_like(x)
+        stream = torch.empty(x.shape)
         shape = inputs.tokens.shape
         paths = None if inputs.paths is None else torch.empty(inputs.paths.shape, dtype=torch.int32)
         static = ModelInputs(

@@ -139,12 +139,14 @@ class SpeculativeDecoder:
             raise ValueError(f"token id {bad} is outside the target's vocabulary of {vocabulary}: wrong tokenizer?")
 
     def _stop_ids(self, stop: Sequence[int | str], ignore_eos: bool) -> Tensor:
-        ids = [] if ignore_eos else list(self.target.config.eos_token_ids)
+        own = [] if ignore_eos else list(self.target.config.eos_token_ids)
         if not ignore_eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-        for item in [stop] if isinstance(stop, str) else stop:
+            own.append(self.tokenizer.eos_token_id)
+        ids: list[int] = []
+        for item in [stop] if isinstance(stop, int | str) else stop:
             ids += [item] if isinstance(item, int) else encode_stop(self.tokenizer, item)
         self._check_ids(ids)
+        ids += own
         return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.target.lengths.device)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ class SpeculativeDecoder:
         while True:
             if self.state is not state or self.target.lengths is not self._lengths:
                 raise ValueError(
-                    "another generate or stream began on this target before this one ended: finish it first"
+                    "another generate or stream began on this target before this one ended: let one finish first"
                 )
             free = [row for row in range(batch) if owner[row] is None]
             if waiting and free:

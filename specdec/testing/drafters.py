@@ -143,5 +143,9 @@ def tree_problem(tree: DraftTree, drafter: Drafter, inputs: DraftInputs, vocab_s
     index = tree.parents.new_tensor(range(nodes))
     if not bool(((tree.parents < index) & (tree.parents >= 0) | (index == 0) & (tree.parents == -1)).all()):
         return "has parents that do not stand before their children (-1 for the root)"
+    if tree.is_chain and not bool((tree.parents == index - 1).all()):
+        return (
+            f"has depth {tree.depth} and {nodes} nodes, which says chain, but branches: declare {tree.depth + 2} nodes"
+        )
     deepest = int(tree.node_depths().max())
     return f"is {deepest} deep and says depth {tree.depth}" if deepest > tree.depth else None
