@@ -1,0 +1,291 @@
+"""The command line: what a run leaves, what a mistake says, and how interrupted runs and sweeps go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from command import QUICK, CommandLine, check_mistake
+
+from specdec import metrics
+from specdec.cli import LONGEST_NAME, cell_name
+from specdec.tracking.wandb import WandbTracker
+
+LEFT = [
+    "DONE",
+    "config.yaml",
+    "environment.json",
+    "metrics.json",
+    "results.png",
+    "table.md",
+    "trace.jsonl",
+    "trace.parquet",
+]
+LONG = ["debug=quick", "dataset.limit=3", "max_new_tokens=1200", "ignore_eos=true"]  # about two seconds of decoding
+
+
+@pytest.fixture
+def specdec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    monkeypatch.setattr("specdec.tracking.run_folder.picture", lambda folder: (folder / "results.png").touch())
+    monkeypatch.setattr(metrics, "RESAMPLES", 50)
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_folder_and_nothing_else(specdec: CommandLine) -> None:
+    process = specdec.start(*QUICK)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert contents(specdec.folder) == ["runs"]
+    (run,) = (specdec.folder / "runs").iterdir()
+    assert contents(run) == LEFT
+    assert (run / "results.png").stat().st_size > 10_000
+    assert out.splitlines()[-1] == f"run folder: runs/{run.name}"
+    assert "ngram" in out
+    assert "speed-up" in out
+    rows = specdec.rows(run / "trace.jsonl")
+    assert [(r["drafter"], r["request"]) for r in rows] == [("none", 0), ("ngram", 0), ("none", 1), ("ngram", 1)]
+    assert all(r["equal_to_plain"] for r in rows)
+    assert json.loads((run / "environment.json").read_text())["command"].endswith(
+        "debug=quick dataset.limit=2 max_new_tokens=8"
+    )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_output_fits_the_terminal(specdec: CommandLine, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = specdec(*QUICK, "drafters=[ngram,token_recycling]")
+    assert max(len(line) for line in done.out.splitlines()) <= columns
+    assert done.out.count("accept rate by position") == 2  # in the table and the legend, or over its own table
+
+
+def test_one_value_holds_for_all_of_several_drafters(specdec: CommandLine) -> None:
+    done = specdec(*QUICK, "drafters=[suffix,ngram]", "drafter.num_draft_tokens=2", "run_dir=r")
+    assert done.code == 0, done.err
+    rows = specdec.rows("r/trace.jsonl")
+    assert {r["drafter"] for r in rows} == {"none", "suffix", "ngram"}
+    assert max(nodes for r in rows for nodes in r["num_nodes"]) == 3
+    check_mistake(specdec(*QUICK, "drafters=[suffix,ngram]", "drafter.max_ngram=2"), "drafter.max_ngram", "min_match")
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_worth_reading(specdec: CommandLine) -> None:
+    done = specdec("--help")
+    assert done.code == 0
+    for line in (
+        "drafter: layer_skip, ngram, none, small_model, suffix, token_recycling",
+        "target: huggingface, llama, smollm2, toy",
+        "verifier: block, rrs, speculative_sampling, target_only, traversal, typical",
+        "max_new_tokens: 128",
+    ):
+        assert line in done.out.splitlines()
+    assert "$" not in re.sub(r"\$\{now:.*?\}", "", done.out)  # every placeholder is filled in
+    assert max(len(line) for line in done.out.splitlines()) <= 100
+    assert contents(specdec.folder) == []
+
+
+def test_the_examples_of_help_compose(specdec: CommandLine) -> None:
+    """Each is a command that Hydra takes, --config-dir and placeholders apart."""
+    lines = re.findall(r"^  specdec (?!-m|--config-dir|run_dir)(\S.*?)(?:  .*)?$", specdec("--help").out, re.M)
+    assert len(lines) >= 7
+    for line in lines:
+        done = specdec("--cfg", "job", *line.replace("'", "").split())
+        assert done.code == 0, (line, done.err)
+    assert "- token_recycling" in specdec("--cfg", "job", "experiment=demo").out
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["drafter=wrong"], ["drafter=wrong does not exist; there are layer_skip, ngram"]),
+        (["experiment=wrong"], ["experiment=wrong does not exist; there are demo"]),
+        (["drafters=[ngram,wrong]"], ["'wrong'", "layer_skip, ngram"]),
+        (["sampling.temprature=1"], ["sampling.temprature is not a key", "temperature, top_k, top_p"]),
+        (["drafters=[ngram"], ["'drafters=[ngram' is not KEY=VALUE"]),
+        (["drafter"], ["'drafter' is not KEY=VALUE"]),
+        (["drafter=ngram,suffix"], ["add --multirun"]),
+        (["batch_size=true"], ["batch_size=True must be a whole number of at least 1"]),
+        (["seed=x"], ["seed=x must be a whole number"]),
+        (["baseline=perhaps"], ["baseline=perhaps must be true or false"]),
+        (["sampling.temperature=hot"], ["sampling.temperature='hot' must be a number"]),
+        (["drafter.num_draft_tokens=many"], ["'num_draft_tokens': 'many'"]),
+        (["dataset=jsonl"], ["dataset.path has no value: give it one"]),
+        (["dataset.tasks=[wrong]"], ["no task 'wrong'", "summarization"]),
+        (["tracking=wandb", "tracking.mode=cloud"], ["'cloud'", "offline"]),
+        (["run_dir=/proc/nowhere"], ["/proc/nowhere"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    specdec: CommandLine, overrides: list[str], words: list[str]
+) -> None:
+    check_mistake(specdec("debug=quick", *overrides), *words)
+    assert not [path for path in specdec.folder.rglob("*") if path.is_file()]
+    assert not list(specdec.folder.glob("runs/*"))
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(specdec: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only mistakes become sentences: a researcher needs to see where the own drafter breaks."""
+
+    def broken(self: object, **_: object) -> None:
+        raise ZeroDivisionError("in the drafter")
+
+    monkeypatch.setattr("specdec.drafter.ngram.NGram.__init__", broken)
+    with pytest.raises(ZeroDivisionError, match="in the drafter"):
+        specdec(*QUICK)
+
+
+def test_a_folder_of_another_config_is_refused(specdec: CommandLine) -> None:
+    assert specdec(*QUICK, "run_dir=r").code == 0
+    check_mistake(specdec(*QUICK, "run_dir=r", "seed=1"), "r was started with another config: config.seed: 0 -> 1")
+    assert "r is done already" in specdec(*QUICK, "run_dir=r", "tracking=none").out
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_cell_is_not_run_again(specdec: CommandLine) -> None:
+    command = ["-m", *QUICK, "drafter.num_draft_tokens=1,2"]
+    assert specdec(*command).code == 0
+    assert contents(specdec.folder) == ["runs"]
+    names = [f"dataset.limit=2,debug=quick,drafter.num_draft_tokens={n},max_new_tokens=8" for n in (1, 2)]
+    assert contents(specdec.folder / "runs/sweep") == [*names, "multirun.yaml"]
+    cells = [specdec.folder / "runs/sweep" / name for name in names]
+    assert [contents(cell) for cell in cells] == [LEFT, LEFT]
+
+    def state() -> list[tuple[str, int, bytes]]:
+        return [(p.name, p.stat().st_mtime_ns, p.read_bytes()) for cell in cells for p in sorted(cell.iterdir())]
+
+    before = state()
+    again = specdec(*command)
+    assert again.code == 0
+    assert again.out.count("is done already") == 2
+    assert state() == before
+    wider = specdec("-m", *QUICK, "drafter.num_draft_tokens=1,2,3")
+    assert wider.out.count("is done already") == 2
+    assert len(list((specdec.folder / "runs/sweep").glob("*/DONE"))) == 3
+    assert state() == before
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(specdec: CommandLine) -> None:
+    done = specdec("-m", *QUICK, "drafter=token_recycling,ngram", "verifier=block")
+    assert done.code == 2
+    assert "drafter=token_recycling,max_new_tokens=8,verifier=block: Block judges chains only" in done.err
+    assert "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith("specdec: a cell of the sweep failed, see above")
+    (finished,) = specdec.folder.glob("runs/sweep/*/DONE")
+    assert "drafter=ngram" in finished.parent.name
+
+
+def test_a_sweep_groups_its_wandb_runs(specdec: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str | None, str]] = []
+
+    def record(self: WandbTracker, folder: Path, group: str | None) -> Path:
+        seen.append((group, folder.name))
+        return folder / "wandb"
+
+    monkeypatch.setattr(WandbTracker, "_record", record)
+    command = [*QUICK, "tracking=wandb", "tracking.mode=offline"]
+    assert "W&B: one/wandb" in specdec(*command, "run_dir=one").out
+    cells = ["-m", *command, "drafter.num_draft_tokens=1,2", "sweep_dir=runs/lengths"]
+    assert specdec(*cells).code == 0
+    assert specdec("-m", *command, "seed=1", "tracking.group=mine").code == 0
+    names = [f"dataset.limit=2,debug=quick,drafter.num_draft_tokens={n},max_new_tokens=8" for n in (1, 2)]
+    last = "dataset.limit=2,debug=quick,max_new_tokens=8,seed=1"  # tracking is no part of a cell's name
+    assert seen == [(None, "one"), ("lengths", names[0]), ("lengths", names[1]), ("mine", last)]
+
+
+def test_cells_have_names_a_file_system_takes() -> None:
+    assert cell_name("a=1,b=2") == "a=1,b=2"
+    assert cell_name("") == "default"
+    assert "/" not in cell_name("dataset.path=/some/where.jsonl")
+    long = [cell_name("dataset.path=" + "x" * 300 + end) for end in ("1", "2", "1")]
+    assert long[0] != long[1]
+    assert long[0] == long[2]
+    assert len(long[0]) <= LONGEST_NAME + 13
+
+
+def test_cells_side_by_side_report_no_speed(specdec: CommandLine) -> None:
+    """Hydra's joblib launcher: drafters= composes inside the workers, and what they share is no measure of time."""
+    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = specdec.start("-m", *options, *QUICK, "drafters=[suffix,ngram],[suffix]")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    traces = sorted(specdec.folder.glob("runs/sweep/*/trace.jsonl"))
+    assert len(traces) == 2
+    for trace in traces:
+        summary = metrics.summary(metrics.load_trace(trace))
+        assert summary[["tokens_per_second", "speedup"]].isna().all(axis=None)
+        assert summary["tau"].notna().all()
+        assert "speed-up" in out
+    assert specdec("-m", *QUICK, "drafters=[suffix,ngram],[suffix]").out.count("is done already") == 2
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def interrupt(specdec: CommandLine, how: signal.Signals, *arguments: str) -> tuple[subprocess.Popen[str], str, Path]:
+    process = specdec.start(*arguments)
+    trace = specdec.wait_for_rows(process, "**/trace.jsonl", 2)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    return process, err, trace
+
+
+def check_whole(specdec: CommandLine, trace: Path, before: list[dict[str, object]]) -> None:
+    rows = specdec.rows(trace)
+    assert rows[: len(before)] == before
+    keys = [(row["drafter"], row["request"]) for row in rows]
+    assert sorted(keys) == sorted((name, request) for name in ("none", "ngram") for request in range(3))
+    assert all(row["equal_to_plain"] for row in rows)
+    assert (trace.parent / "DONE").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(specdec: CommandLine) -> None:
+    process, err, trace = interrupt(specdec, signal.SIGINT, *LONG)
+    folder = trace.parent.relative_to(specdec.folder)
+    before = specdec.rows(trace)
+    assert 2 <= len(before) < 6
+    assert process.returncode == 130
+    assert err.splitlines() == [
+        f"specdec: interrupted; what was finished is kept. To go on: the same command with run_dir={folder}"
+    ]
+    assert not (trace.parent / "DONE").exists()
+    assert specdec(*LONG, f"run_dir={folder}").code == 0
+    check_whole(specdec, trace, before)
+
+
+def test_a_killed_sweep_goes_on(specdec: CommandLine) -> None:
+    command = ["-m", *LONG, "drafter.num_draft_tokens=1,2"]
+    _, _, trace = interrupt(specdec, signal.SIGKILL, *command)
+    before = specdec.rows(trace)
+    assert len(before) < 6
+    assert specdec(*command).code == 0
+    check_whole(specdec, trace, before)
+    assert len(list(specdec.folder.glob("runs/sweep/*/DONE"))) == 2
+
+
+def test_ctrl_c_stops_a_whole_sweep(specdec: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("specdec.experiment.Experiment._decode", stop)
+    done = specdec("-m", *QUICK, "drafter.num_draft_tokens=1,2")
+    assert done.code == 130
+    assert done.err == "specdec: interrupted; what was finished is kept. To go on: the same command\n"
+    assert len(list(specdec.folder.glob("runs/sweep/*/config.yaml"))) == 1
