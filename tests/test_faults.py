@@ -136,7 +136,7 @@ def test_a_failed_start_binds_nobody_to_its_config(specdec: CommandLine) -> None
 
 def test_a_question_longer_than_the_model_is_found_before_anything_runs(specdec: CommandLine) -> None:
     long = {"question_id": "q7", "category": "qa", "turns": ["word " * 900]}
-    short = {"question_id": "q1", "category": "qa", "turns": ["hello"]}
+    short = {"question_id": "q1", "category": "chat", "turns": ["hello"]}
     Path("questions.jsonl").write_text(json.dumps(short) + "\n" + json.dumps(long) + "\n")
     done = specdec(*QUICK, "dataset=jsonl", "dataset.path=questions.jsonl", "run_dir=r")
     check_mistake(done, "question q7 has 4503 tokens", "max_new_tokens=8", "the model's 4096 positions", "leave it out")
@@ -145,10 +145,10 @@ def test_a_question_longer_than_the_model_is_found_before_anything_runs(specdec:
 
 def test_a_later_turn_that_does_not_fit_names_its_question(specdec: CommandLine) -> None:
     """How long a conversation grows is only known when it has been answered; what was measured stays."""
-    turns = ["word " * 400, "word " * 400]
+    turns = ["word " * 410, "word " * 410]
     Path("questions.jsonl").write_text(json.dumps({"question_id": "q7", "category": "qa", "turns": turns}) + "\n")
     done = specdec(*QUICK, "dataset=jsonl", "dataset.path=questions.jsonl", "run_dir=r")
-    check_mistake(done, "question q7: prompt and new tokens need 40", "the model has 4096")
+    check_mistake(done, "question q7: prompt and new tokens need 41", "the model has 4096")
     assert [row["turn"] for row in specdec.rows("r/trace.jsonl")] == [0, 0]
 
 

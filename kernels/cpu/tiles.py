@@ -98,7 +98,7 @@ def _f32_step(b: Any, panel: Any, x: Any) -> Callable[[Any, int, Any], Any]:
     return step
 
 
-PREFETCH = 2048  # bytes ahead in the weight stream, which the hardware follows only to the end of a page
+PREFETCH = 4096  # bytes ahead in the weight stream, which the hardware follows only to the end of a page
 
 
 def make_tile(tokens: int, kind: str) -> Any:
