@@ -86,7 +86,8 @@ def steps(frame: pd.DataFrame) -> pd.DataFrame:
     long["step"] = np.arange(len(long)) - np.repeat(np.cumsum(counts) - counts, counts)
     for column in STEP_COLUMNS:
         dtype = np.float64 if column.endswith("seconds") else np.int64
-        long[column] = np.fromiter((value for row in frame[column] for value in row), dtype, counts.sum())
+        values = (np.nan if value is None else value for row in frame[column] for value in row)
+        long[column] = np.fromiter(values, dtype, counts.sum())
     if (long["num_emitted"] > long["num_accepted"] + 1).any():
         raise ValueError("a step emitted more than num_accepted + 1 tokens; the trace is damaged")
     long["whole"] = long["num_emitted"] == long["num_accepted"] + 1
@@ -225,12 +226,17 @@ def acceptance_by_position(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown(frame: pd.DataFrame) -> pd.DataFrame:
-    """Share of the step time in propose, verify, accept and host (all else), and seconds_per_step. METHOD + task."""
+    """Share of the step time in propose, verify, accept and host (all else), and seconds_per_step. METHOD + task.
+
+    The shares are NaN where the device runs behind the host and the parts of a step are not known.
+    """
     long = _with_all(steps(frame)).assign(steps=1)
     parts = ["propose_seconds", "verify_seconds", "accept_seconds"]
-    sums = long.groupby([*METHOD, "task"], sort=False)[["step_seconds", "steps", *parts]].sum()
+    sums = long.groupby([*METHOD, "task"], sort=False)[["step_seconds", "steps", *parts]].sum(min_count=1)
     shares = sums[parts].div(sums["step_seconds"], axis=0).rename(columns=lambda name: name.removesuffix("_seconds"))
-    return shares.assign(host=1 - shares.sum(axis=1), seconds_per_step=sums["step_seconds"] / sums["steps"])
+    return shares.assign(
+        host=1 - shares.sum(axis=1, skipna=False), seconds_per_step=sums["step_seconds"] / sums["steps"]
+    )
 
 
 def _equality(frame: pd.DataFrame) -> pd.DataFrame:

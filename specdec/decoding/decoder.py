@@ -180,6 +180,7 @@ class SpeculativeDecoder:
             free = [row for row in range(batch) if owner[row] is None]
             if waiting and free:
                 yield from self._begin(waiting, free, owner, traces, max_new_tokens)
+                reader.restart()
                 continue
             if all(index is None for index in owner):
                 return

@@ -22,6 +22,10 @@ class StepReader:
         self._pending: tuple[Any, ...] | None = None
         self._last = perf_counter()
 
+    def restart(self) -> None:
+        """Do not count what was done since the last step, a prefill, to the next one."""
+        self._last = perf_counter()
+
     def swap(
         self, record: Tensor, marks: tuple[float, ...], owner: list[int | None]
     ) -> tuple[list[list[int]], list[float], list[int | None]] | None:

@@ -46,7 +46,7 @@ class RequestTrace:
         """Plain values, as the trace file keeps them."""
         row: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "tokens": self.tokens, "finish": self.finish}
         row["prefill_seconds"] = self.prefill_seconds
-        return row | {name: getattr(self, name) for name in STEP_FIELDS}
+        return row | {name: [None if v != v else v for v in getattr(self, name)] for name in STEP_FIELDS}  # NaN: null
 
 
 @dataclass(slots=True)
