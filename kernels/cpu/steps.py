@@ -9,6 +9,7 @@ from torch import Tensor
 from specdec.kernels.cpu import simd
 from specdec.kernels.cpu.parallel import MAX_ARGS, bits_of, finish, kernel, take
 
+_FEW = 8  # rows that are done before another thread has woken up
 _SPAN = 256  # logits between two looks at the largest one so far
 
 
@@ -45,9 +46,10 @@ def _argmax(args, thread):
 
 
 @kernel
-def _argmax_one(args, thread):
+def _argmax_few(args, thread):
     a = carray(args, (MAX_ARGS,))
-    simd.store_long(a[4], _argmax_row(a[2], a[3]))
+    for row in range(a[5]):
+        simd.store_long(a[4] + 8 * row, _argmax_row(a[2] + 4 * a[3] * row, a[3]))
 
 
 @njit(error_model="numpy")
@@ -153,8 +155,8 @@ def _advance(args, thread):
 def argmax(logits: Tensor) -> Tensor:
     """See `kernels.steps.argmax`; f32, contiguous."""
     out = torch.empty(logits.shape[:-1], dtype=torch.int64)
-    if out.numel() == 1:  # waking another thread takes longer
-        _argmax_one.call(logits.data_ptr(), logits.shape[-1], out.data_ptr())
+    if out.numel() <= _FEW:
+        _argmax_few.call(logits.data_ptr(), logits.shape[-1], out.data_ptr(), out.numel())
     else:
         _argmax(logits.data_ptr(), logits.shape[-1], out.data_ptr(), chunks=out.numel())
     return out
