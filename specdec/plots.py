@@ -148,14 +148,19 @@ def plot_steps(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> 
 
 
 def plot_breakdown(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> Figure:
-    """Where a step's time goes, a bar per method: propose, verify, accept, host; its length in ms per step."""
+    """Where a step's time goes, a bar per method: propose, verify, accept, host.
+
+    Lengths are steps of the baseline where the run has one, else ms.
+    """
     ax = ax or new_axes()
     table = breakdown(frame).reset_index()
     table = _labelled(table[table["task"] == task], frame)
     y = np.arange(len(table))
     left = np.zeros(len(table))
+    plain = table.loc[table["drafter"] == BASELINE, "seconds_per_step"]
+    unit, unit_name = (1 / plain.iloc[0], f"steps of {BASELINE}") if len(plain) == 1 else (1000.0, "ms")
     for part, colour in PARTS.items():
-        values = 1000 * (table[part] * table["seconds_per_step"]).to_numpy()
+        values = unit * (table[part] * table["seconds_per_step"]).to_numpy()
         ax.barh(y, values, left=left, color=colour, height=0.6, label=part)
         left += values
     for row, total in enumerate(left):
@@ -164,7 +169,7 @@ def plot_breakdown(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None)
     ax.set_xlim(0, 1.45 * left.max())
     ax.set_yticks(y, table["label"])
     ax.invert_yaxis()
-    ax.set_xlabel("ms per decode step (overhead: all but verify)")
+    ax.set_xlabel(f"time of a decode step, in {unit_name} (overhead: all but verify)")
     _clean(ax, "Time of a step" + ("" if task == ALL else f", {task}"), "x")
     _legend(ax)
     return _figure(ax)
