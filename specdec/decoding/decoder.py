@@ -251,7 +251,8 @@ def _noise_seed(seed: int, ids: list[int]) -> int:
 
 def widest_row(tree: DraftTree) -> int:
     """Nodes of the fullest row: the loop's one host read, on the CPU only, where a node more costs time."""
-    return int(tree.num_nodes.max())
+    widths: list[int] = tree.num_nodes.tolist()
+    return max(widths)
 
 
 def encode_stop(tokenizer: Any, text: str) -> list[int]:
