@@ -207,12 +207,6 @@ def load_f32(b: Any, address: Any) -> Any:
     return b.load(pointer(b, address, VF), align=4)
 
 
-@op(vec, types.int64)
-def load_bf16(b: Any, address: Any) -> Any:
-    """16 bf16, widened: a bf16 is the upper half of an f32."""
-    return widened(b, address)
-
-
 @op(types.void, types.int64, vec)
 def store_f32(b: Any, address: Any, value: Any) -> None:
     """16 f32."""
@@ -253,12 +247,6 @@ def sub(b: Any, x: Any, y: Any) -> Any:
 def mul(b: Any, x: Any, y: Any) -> Any:
     """x * y."""
     return b.fmul(x, y)
-
-
-@op(vec, vec, vec)
-def div(b: Any, x: Any, y: Any) -> Any:
-    """x / y."""
-    return b.fdiv(x, y)
 
 
 @op(vec, vec, vec)
