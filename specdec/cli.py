@@ -57,8 +57,7 @@ def run(cfg: DictConfig, console: Console) -> float | None:
         if run_folder.done:
             _note(console, f"{folder} is done already; give another run_dir (or sweep_dir) to run it again")
             return _speedup(metrics.summary(metrics.load_trace(folder)), list(configs))
-        note = f"target {choices.target}: loading ... (longer the first time: kernels are compiled, weights converted)"
-        _note(console, note, "dim")
+        console.print(f"target {choices.target}: loading ... (the first time compiles kernels)", style="dim")
         target = composition.build(cfg.target, "target")
         decoders = {
             name: SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
