@@ -1,7 +1,8 @@
-"""The small operations around a forward: choosing, looking up, keeping books. Plain torch here; on the CPU one compiled call.
+"""The small operations around a forward: choosing, looking up, keeping books. Plain torch here; elsewhere one call each.
 
-After a forward has streamed the weights through the caches every torch call starts cold, some tens of microseconds each, and
-a step has dozens of them. Fake tensors and other devices take the torch form, so the two must agree to the bit.
+A step has dozens of torch calls. On the CPU each starts cold, some tens of microseconds, because a forward has streamed the
+weights through the caches; on the GPU each is a launch, a microsecond even inside a CUDA graph. Both have compiled forms for
+that. Fake tensors and other devices take the torch form, so all must agree to the bit.
 
 Shapes: B rows, N nodes, L token buffer, E = D + 1 tokens a step can emit, K drafts, V vocabulary.
 """
@@ -17,16 +18,27 @@ _BLOCK = 64  # logits reduced at a time by the torch form of argmax
 LENGTH, STOP = 1, 2  # why a row ended
 
 
-def _compiled(*tensors: Tensor) -> Any:
-    """The compiled forms, or None where some tensor has no memory on the CPU, or would have none (fake modes)."""
-    if torch._C._len_torch_dispatch_stack():
-        return None
-    for x in tensors:
-        if type(x) is not Tensor or x.device.type != "cpu":
-            return None
-    from specdec.kernels.cpu import steps
+def common_device(*tensors: Tensor) -> str:
+    """ "cpu" or "cuda" where all tensors have memory there; "" elsewhere, on mixed devices and under fake modes."""
+    kinds = {x.device.type if type(x) is Tensor else "" for x in tensors}
+    if torch._C._len_torch_dispatch_stack() or len(kinds) > 1:
+        return ""
+    kind = kinds.pop()
+    return kind if kind in ("cpu", "cuda") else ""
 
-    return steps
+
+def _compiled(*tensors: Tensor) -> Any:
+    """The compiled forms for the device of all tensors, or None; each is imported when first needed."""
+    kind = common_device(*tensors)
+    if kind == "cuda":
+        from specdec.kernels.gpu import steps as gpu_steps
+
+        return gpu_steps
+    if kind == "cpu":
+        from specdec.kernels.cpu import steps as cpu_steps
+
+        return cpu_steps
+    return None
 
 
 def argmax(logits: Tensor) -> Tensor:

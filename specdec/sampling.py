@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.steps import argmax
+from specdec.kernels.steps import argmax, common_device
 from specdec.types import Sampling
 
 __all__ = ["argmax", "choose", "gumbel", "sample", "uniform", "warp"]
@@ -92,8 +92,20 @@ def choose(logits: Tensor, sampling: Sampling, position: Tensor, stream: int = S
     """
     if sampling.mode == "greedy":
         return argmax(logits)
+    if _fused(logits, sampling, position):
+        from specdec.kernels.gpu import sampling as gpu_sampling
+
+        token: Tensor = gpu_sampling.choose(logits, sampling.temperature, sampling.seed, position, stream)
+        return token
     noise = gumbel(sampling.seed[:, None], position, stream, logits.shape[-1])
     return argmax(warp(logits, sampling) + noise)
+
+
+def _fused(logits: Tensor, sampling: Sampling, position: Tensor) -> bool:
+    """Whether the GPU's one-pass kernel takes this call: temperature alone, plain f32 logits."""
+    plain = logits.dim() == 3 and logits.dtype == torch.float32 and logits.is_contiguous()
+    plain = plain and position.shape == logits.shape[:2] and sampling.mode == "sampled"
+    return plain and common_device(logits, sampling.temperature, sampling.seed, position) == "cuda"
 
 
 def sample(probs: Tensor, sampling: Sampling, position: Tensor, stream: int) -> Tensor:

@@ -46,7 +46,7 @@ def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Any:
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:  # the inputs of experts are their second dimension too
                 parameter.normal_(std=1.2 * parameter.shape[1] ** -0.5)
             elif "norm" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape))

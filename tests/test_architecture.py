@@ -18,6 +18,7 @@ BESIDE = {"testing", "data", "metrics", "analysis", "plots", "report", "tracking
 
 ALLOWED: dict[str, set[str]] = {  # what each part of specdec may import, besides itself
     "types": set(),
+    "projection": set(),
     "paths": set(),
     "kernels": CORE,
     "nn": {*CORE, "kernels"},

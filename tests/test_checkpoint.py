@@ -12,7 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from specdec.target import checkpoint
-from specdec.target.checkpoint import check_loaded, fill_nan, iter_tensors, load_into, load_state, read_config, resolve
+from specdec.target.checkpoint import (
+    check_loaded,
+    fill_nan,
+    iter_tensors,
+    load_into,
+    load_state,
+    match,
+    read_config,
+    resolve,
+)
 
 INDEX = "model.safetensors.index.json"
 
@@ -97,6 +106,37 @@ def test_nan_is_found_and_named(dtype: torch.dtype) -> None:
     check_loaded(net)
 
 
+def test_every_fp8_bit_pattern() -> None:
+    """NaN is 0x7F and 0xFF, and nothing else is taken for it."""
+    net = nn.Linear(16, 16, bias=False).to(torch.float8_e4m3fn)
+    patterns = torch.arange(256, dtype=torch.uint8)
+    for bad in (0x7F, 0xFF):
+        fine = patterns.clone()
+        fine[[0x7F, 0xFF]] = 0
+        load_state(net, [("weight", fine.view(torch.float8_e4m3fn).view(16, 16))])
+        fine[bad] = bad
+        with pytest.raises(ValueError, match="weight holds NaN"):
+            load_state(net, [("weight", fine.view(torch.float8_e4m3fn).view(16, 16))])
+
+
+def test_match_needs_no_memory() -> None:
+    with torch.device("meta"):
+        net = Net()
+    assert set(match(net, tensors().items())) == set(tensors())
+    with pytest.raises(ValueError, match="lacks scale"):
+        match(net, [item for item in tensors().items() if item[0] != "scale"])
+
+
+def test_fp8_needs_its_scales() -> None:
+    """A weight in FP8 for a parameter that is not."""
+    net, data = nn.Linear(4, 2, bias=False), torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]]).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="lacks weight_scale"):
+        load_state(net, [("weight", data)])
+    deep = nn.Sequential(net)
+    load_state(deep, [("0.weight", data), ("0.weight_scale", torch.tensor([2.0, 0.5]))])
+    assert torch.equal(net.weight, torch.tensor([[2.0, 4, 6, 8], [2, 1.5, 1, 0.5]]))
+
+
 def test_nan_is_found_beyond_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_CHUNK", 3)
     net = Net()
@@ -126,6 +166,9 @@ def test_shards_that_do_not_fit_the_index(tmp_path: Path) -> None:
         list(iter_tensors(tmp_path))
     (tmp_path / INDEX).write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
+        list(iter_tensors(tmp_path))
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"has a.safetensors but neither .*index.json nor model.safetensors: fetch"):
         list(iter_tensors(tmp_path))
 
 
@@ -158,3 +201,6 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("some/model")
     assert asked[0][0] == "some/model"
     assert not {"*.bin", "*.py", "*.pt"} & set(asked[0][1])
+    with pytest.raises(ValueError, match="some/model"):
+        resolve("some/model", weights=False)
+    assert set(asked[0][1]) - set(asked[1][1]) == {"*.safetensors"}

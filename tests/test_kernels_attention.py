@@ -18,6 +18,7 @@ from torch import Tensor
 from specdec.kernels import reference
 from specdec.kernels.cpu import ops
 from specdec.kernels.cpu.attention import from_blocks, to_blocks
+from specdec.kernels.reference import AttentionRule
 from specdec.types import DraftTree, ModelInputs
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -81,7 +82,7 @@ class Case:
         values.masked_fill_(empty, garbage)
         if module is ops:
             keys = to_blocks(keys)
-        result = module.attention(self.qkv.clone(), keys, values, self.inputs, *self.angles, rope)
+        result = module.attention(self.qkv.clone(), keys, values, self.inputs, *self.angles, AttentionRule(rope))
         return result, from_blocks(keys) if module is ops else keys, values
 
 

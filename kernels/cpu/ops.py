@@ -13,9 +13,10 @@ from specdec.kernels.cpu.attention import KEY_BLOCK
 from specdec.kernels.cpu.attention import attention as _attention
 from specdec.kernels.cpu.linear import PackedLinear, linear
 from specdec.kernels.cpu.parallel import Program, record
+from specdec.kernels.reference import AttentionRule, flush
 from specdec.types import ModelInputs
 
-__all__ = ["KEY_BLOCK", "Replay", "add_linear", "attention", "norm_linear", "norm_swiglu", "pack"]
+__all__ = ["KEY_BLOCK", "Replay", "add_linear", "attention", "flush", "norm_linear", "norm_swiglu", "pack"]
 
 REPLAYED = 64  # tokens; above, launching costs nothing beside the work
 
@@ -42,15 +43,16 @@ def add_linear(residual: Tensor, x: Tensor, weight: PackedLinear) -> None:
 
 
 def attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, inputs: ModelInputs, cos: Tensor, sin: Tensor, rope: bool
+    qkv: Tensor, keys: Tensor, values: Tensor, inputs: ModelInputs, cos: Tensor, sin: Tensor, rule: AttentionRule
 ) -> Tensor:
     """Rotary embedding, KV append and attention. qkv f32 [M, (H+2G)*E] -> [M, H*E] in the cache's dtype.
 
     keys [B, G, S/16, E, 16], values [B, G, S, E].
     """
+    assert rule.plain, "the compiled attention knows no norm, chunk or temperature"
     _, groups, _, size = values.shape
     out = torch.empty(qkv.shape[0], qkv.shape[1] - 2 * groups * size, dtype=keys.dtype)
-    return _attention(qkv, keys, values, inputs, cos, sin, rope, out)
+    return _attention(qkv, keys, values, inputs, cos, sin, rule.rope, out)
 
 
 class Replay:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specdec.decoding.chat import Prompt, TextStream, encode_all
+from specdec.decoding.graph import GraphedStep
 from specdec.decoding.params import SamplingParams, check_pair
 from specdec.decoding.reader import StepReader, finish_reason, note_step
 from specdec.decoding.state import RECORD_FIELDS, DecodeState
@@ -37,6 +38,7 @@ class SpeculativeDecoder:
         verifier: Verifier,
         sampling: SamplingParams | None = None,
         batch_size: int = 1,
+        use_graphs: bool = True,
     ) -> None:
         check_pair(drafter, verifier)
         if batch_size < 1:
@@ -44,10 +46,12 @@ class SpeculativeDecoder:
         self.target, self.drafter, self.verifier = target, drafter, verifier
         self.sampling = sampling or SamplingParams()
         self.batch_size = batch_size
+        self.use_graphs = use_graphs
         self.state: DecodeState | None = None
         self._lengths: Tensor | None = None  # the target's, as this decoder left them
         self.record: Tensor | None = None  # what the last step did, on the device
         self.marks = (0.0, 0.0, 0.0, 0.0)  # times at which its parts began and ended
+        self._graphs: GraphedStep[tuple[Acceptance, Tensor]] = GraphedStep()
 
     @property
     def tokenizer(self) -> Any:
@@ -58,9 +62,25 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def step(self) -> Acceptance:
-        """Propose, verify, accept, commit, observe, advance. Reads nothing on the host (but see `widest_row`)."""
+        """Propose, verify, accept, commit, observe, advance. Reads nothing on the host (but see `widest_row`).
+
+        On a GPU a step is one CUDA graph, unless the drafter must run on the host.
+        """
         state = self.state
         assert state is not None, "generate starts the requests"
+        if state.tokens.device.type == "cuda" and self.drafter.graphable and self.target.graphable and self.use_graphs:
+            static = (state.sampling.mode, state.max_new if self.drafter.catches_up else None)
+            roots = (state, self.target, self.drafter, self.verifier)
+            acceptance, self.record = self._graphs(self._step, roots, static)
+        else:
+            acceptance, self.record = self._step()
+        self._lengths = self.target.lengths
+        return acceptance
+
+    def _step(self) -> tuple[Acceptance, Tensor]:
+        """What happens, and its record on the device."""
+        state = self.state
+        assert state is not None
         begin = perf_counter()
         tree = self.drafter.propose(state.draft_inputs())
         if tree.tokens.device.type == "cpu" and tree.tokens.shape[1] > 1:
@@ -71,11 +91,10 @@ class SpeculativeDecoder:
         acceptance = self.verifier.accept(tree, output.logits, state.sampling)
         acceptance.num_accepted = torch.where(state.running, acceptance.num_accepted, -1)
         self.target.commit(acceptance)
-        self._lengths = self.target.lengths
         self.drafter.observe(tree, output, acceptance)
-        self.record = state.advance(tree, output, acceptance)
+        record = state.advance(tree, output, acceptance)
         self.marks = (begin, proposed, verified, perf_counter())
-        return acceptance
+        return acceptance, record
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -147,7 +166,8 @@ class SpeculativeDecoder:
             ids += [item] if isinstance(item, int) else encode_stop(self.tokenizer, item)
         self._check_ids(ids)
         ids += own
-        return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.target.lengths.device)
+        unused = [-1] * (-len(set(ids)) % 8)  # so that graphs fit whatever the number
+        return torch.tensor(sorted(set(ids)) + unused, dtype=torch.int64, device=self.target.lengths.device)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -164,10 +184,11 @@ class SpeculativeDecoder:
         batch = min(self.batch_size, len(requests))
         max_len = max(len(request.ids) for request in requests) + max_new_tokens
         self.target.allocate(batch, max_len, nodes, self.drafter.features)
-        self.drafter.setup(self.target, batch, max_len + nodes, self.verifier.law)
         device = self.target.lengths.device
+        room = max_len + nodes if device.type == "cpu" else capacity(max_len + nodes)
+        self.drafter.setup(self.target, batch, room, self.verifier.law)
         sampling = self.sampling.tensors(batch, device)
-        state = DecodeState.empty(batch, max_len + nodes, self._stop_ids(stop, ignore_eos), sampling)
+        state = DecodeState.empty(batch, room, self._stop_ids(stop, ignore_eos), sampling)
         self.state, self._lengths = state, self.target.lengths
         waiting = deque(requests)
         owner: list[int | None] = [None] * batch
@@ -234,6 +255,7 @@ class SpeculativeDecoder:
         roots = choose(output.logits, state.sampling, state.lengths[:, None] - 1)[:, 0]
         record: list[list[int]] = state.set_roots(rows, roots, output.features).tolist()
         state.max_new = max(width, state.max_new)
+        self._graphs.changed()
         return record
 
 
@@ -247,6 +269,11 @@ class _Request:
 def _noise_seed(seed: int, ids: list[int]) -> int:
     """Seed of a request's noise: differs between prompts, not between batches."""
     return (seed << 32 ^ zlib.crc32(repr(ids).encode())) & 0x7FFFFFFFFFFFFFFF
+
+
+def capacity(length: int) -> int:
+    """Room for a row in powers of two, so that few sets of shapes, and graphs, serve all requests."""
+    return max(1024, 1 << (length - 1).bit_length())
 
 
 def widest_row(tree: DraftTree) -> int:

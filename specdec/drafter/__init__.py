@@ -19,6 +19,7 @@ class Drafter(ABC):
     features: Sequence[int | str] = ()  # target layers to tap: 0-based ids (residual stream after it) or "hidden"
     laws: frozenset[Law] = frozenset({"any"})  # "any": deterministic drafts; "iid" / "distinct": drawn, with probs
     graphable: bool = True  # False: reads tensors on the host, runs outside a CUDA graph
+    catches_up: bool = True  # False: propose reads neither num_new nor features, so its first step is like any other
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
         """Called before every batch of requests: share the target's weights, allocate, learn which law the verifier wants."""

@@ -23,6 +23,7 @@ class LayerSkip(Drafter):
     No weights and no cache of its own: K/V of drafts stand behind the prefix, where the verification overwrites them.
     """
 
+    catches_up = False
     laws: frozenset[Law] = frozenset({"any", "iid", "distinct"})
 
     def __init__(self, exit_layer: int, num_draft_tokens: int = 4, num_children: Sequence[int] | None = None) -> None:

@@ -18,6 +18,8 @@ class NGram(Drafter):
     evidence. The copy may run into itself, as in LZ77, so that text with a short period is proposed at full length.
     """
 
+    catches_up = False
+
     def __init__(
         self, num_draft_tokens: int = 5, max_ngram: int = 3, min_ngram: int = 1, max_spec_factor: float = 3.0
     ) -> None:

@@ -13,6 +13,7 @@ class NoDraft(Drafter):
 
     num_draft_tokens = 0
     depth = 0
+    catches_up = False
     laws: frozenset[Law] = frozenset({"any", "iid", "distinct"})
 
     def propose(self, inputs: DraftInputs) -> DraftTree:

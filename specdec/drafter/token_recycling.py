@@ -47,6 +47,8 @@ class TokenRecycling(Drafter):
     cold and repeats exactly. A token never verified has no successors: as the root it proposes nothing.
     """
 
+    catches_up = False
+
     successors: Tensor  # int64 [V + 1, k]; -1 = not seen; the last row takes the writes of nodes that do not count
     _last: Tensor  # int64 [V + 1]; scratch: the last node of a step that carries a token
 

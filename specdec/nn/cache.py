@@ -1,7 +1,7 @@
 """The static KV cache of one model.
 
-Shapes: B rows, G KV heads, S slots, E head size, D tree depth. Slot i of a row holds position i once committed; the nodes of
-a draft tree lie behind the committed ones, in node order.
+Shapes: B rows, G KV heads (of this rank), S slots, E head size, D tree depth. Slot i of a row holds position i once committed;
+the nodes of a draft tree lie behind the committed ones, in node order.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         key_block: int = 1,
+        ranks: int = 1,
     ) -> None:
         assert slots % key_block == 0
-        outer, size = (config.num_layers, batch_size, config.num_kv_heads), config.head_dim
+        outer, size = (config.num_layers, batch_size, config.num_kv_heads // ranks), config.head_dim
         self.key_block = key_block
         inner = (slots, size) if key_block == 1 else (slots // key_block, size, key_block)
         self.keys = torch.zeros((*outer, *inner), dtype=dtype, device=device)

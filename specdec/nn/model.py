@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from specdec.kernels import reference
 from specdec.nn.cache import KVCache
 from specdec.nn.config import ModelConfig
-from specdec.nn.layers import DecoderLayer, Norm, Projection, weight
+from specdec.nn.layers import DecoderLayer, Linears, Norm, weight
+from specdec.nn.parallel import Shard
 from specdec.nn.rope import rope_tables
 from specdec.types import ModelInputs
 
@@ -28,38 +29,46 @@ class _Embedding(nn.Module):
 class _Stack(nn.Module):
     """What checkpoints keep under `model.`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, linears: Linears) -> None:
         super().__init__()
-        self.embed_tokens = _Embedding(config, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, dtype) for _ in range(config.num_layers))
+        self.embed_tokens = _Embedding(config, linears.dtype)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, linears) for i in range(config.num_layers))
         self.norm = Norm(config.hidden_size)
 
 
 class DecoderModel(nn.Module):
-    """A Llama-family decoder over a static cache. Load the parameters, then `pack` once, then call."""
+    """A decoder over a static cache. Load the parameters, then `pack` once, then call.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    quantized: the layers' linears are FP8, all but the router. Of several ranks each holds its shard and the whole embedding,
+    and computes the logits of its rows of the vocabulary.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, quantized: bool = False, shard: Shard | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.model = _Stack(config, dtype)
+        self.shard = shard or Shard()
+        self.shard.check(config)
+        self.model = _Stack(config, Linears(dtype, quantized, self.shard))
         self.cos = self.sin = torch.empty(0)
         if not config.tie_word_embeddings:
-            self.lm_head = Projection(config.vocab_size, config.hidden_size, dtype)
+            self.lm_head = Linears(dtype, shard=self.shard).rows(config.vocab_size, config.hidden_size)
 
     def pack(self, ops: Any) -> None:
-        """Give the weights to a backend (`kernels.reference`, `kernels.cpu.ops`)."""
+        """Give the weights to a backend (`kernels.reference` or its `Parallel`, `kernels.cpu.ops`)."""
         self.ops = ops
         self.replay = ops.Replay()
         self.embedding = self.model.embed_tokens.weight.data
-        head = self.embedding if self.config.tie_word_embeddings else self.lm_head.weight.data
-        self.head = ops.pack(head)
+        tied = self.config.tie_word_embeddings
+        self.head = ops.pack(self.shard.part(self.embedding, 0) if tied else self.lm_head.weight.data)
         self.layers: list[DecoderLayer] = list(self.model.layers)  # type: ignore[arg-type]
         for layer in self.layers:
             layer.pack(ops)
         self.norm = self.model.norm.weight.data
         self.set_positions(256)
-        if not self.config.tie_word_embeddings:
+        if not tied:
             del self.lm_head
 
     def set_positions(self, positions: int) -> None:
@@ -82,9 +91,11 @@ class DecoderModel(nn.Module):
             if stop > start:
                 x = self._run(start, stop, x, inputs, cache)
             if stop - 1 in taps:
+                self.ops.flush(x)
                 tapped[stop - 1] = x.to(self.dtype, copy=True)  # the stream goes on in place
             start = stop
         if "hidden" in taps:
+            self.ops.flush(x)
             tapped["hidden"] = reference.rms_norm(x, self.norm, self.config.rms_norm_eps).to(self.dtype)
         features = torch.cat([tapped[tap] for tap in taps], -1) if taps else None
         return x, features
@@ -101,6 +112,6 @@ class DecoderModel(nn.Module):
         return result
 
     def logits(self, x: Tensor) -> Tensor:
-        """Residual stream f32 [M, hidden] -> logits f32 [M, V]."""
+        """Residual stream f32 [M, hidden] -> logits f32 [M, V / ranks]."""
         result: Tensor = self.ops.norm_linear(x, self.norm, self.config.rms_norm_eps, self.head)
         return result

@@ -46,6 +46,8 @@ class HuggingFace:
     plain decoding but for near ties.
     """
 
+    graphable = False  # transformers decides on the host what to launch
+
     def __init__(
         self,
         checkpoint: str | Path,

@@ -1,4 +1,4 @@
-"""The runtime's own target: a Llama-family checkpoint over a static cache."""
+"""The runtime's own target: a Llama, Qwen3 or Llama 4 checkpoint over a static cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import reference
-from specdec.nn import DecoderModel, KVCache, ModelConfig
-from specdec.target import checkpoint as checkpoints
+from specdec.nn import KVCache, ModelConfig, Shard
+from specdec.target.checkpoint import Named
+from specdec.target.loading import make_model, open_source, parse_shard
+from specdec.target.memory import check_cache
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,34 +23,46 @@ class Llama:
     """Implements `specdec.target.Target`. backend: "native" (compiled CPU kernels), "torch", or "auto".
 
     With the native backend a token's logits do not depend on what shares its forward: chain or tree, any batch row, any
-    number of tokens.
+    number of tokens. quantize: "auto" as the checkpoint is, "fp8" while loading, "none" multiplied out. weights: "checkpoint",
+    or "random" of the checkpoint's or a preset's sizes. shard: "0/8" is the part of rank 0 of 8, by itself.
     """
 
     def __init__(
         self,
-        checkpoint: str | Path,
+        checkpoint: str | Path | None,
         dtype: str = "bfloat16",
         device: str = "auto",
         backend: str = "auto",
         prefill_chunk: int = 256,
         threads: int | None = None,
+        quantize: str = "auto",
+        weights: str = "checkpoint",
+        shard: str | None = None,
+        preset: str | None = None,
+        seed: int = 0,
     ) -> None:
-        folder = checkpoints.resolve(checkpoint)
-        config = ModelConfig.from_huggingface(checkpoints.read_config(folder))
-        self._build(config, checkpoints.iter_tensors(folder), dtype, device, backend, prefill_chunk, threads)
-        self.checkpoint: Path | None = folder
-        self.tokenizer: Any = load_tokenizer(folder)
+        part = parse_shard(shard)
+        source = open_source(checkpoint, preset, quantize, weights)
+        options = dtype, device, backend, prefill_chunk, threads
+        self._build(source.config, source.tensors, *options, quantized=source.quantized, shard=part, seed=seed)
+        self.checkpoint: Path | None = source.folder
+        self.tokenizer: Any = None if source.folder is None else load_tokenizer(source.folder)
 
     def _build(
         self,
         config: ModelConfig,
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Iterable[Named] | None,
         dtype: str,
         device: str,
         backend: str,
         prefill_chunk: int,
         threads: int | None,
+        *,
+        quantized: bool = False,
+        shard: Shard | None = None,
+        seed: int = 0,
     ) -> None:
+        """tensors None = random ones."""
         if dtype not in DTYPES:
             raise ValueError(f"target.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
         if prefill_chunk < 1:
@@ -56,14 +70,15 @@ class Llama:
         if threads is not None:
             torch.set_num_threads(threads)
         self.config = config
+        self.shard = shard or Shard()
         self.device = choose_device(device)
-        self.backend = choose_backend(backend, self.device, config)
+        self.backend = choose_backend(backend, self.device, config, quantized or self.shard.world > 1)
+        self.graphable = self.device.type == "cuda"
         self.prefill_chunk = prefill_chunk
-        model = DecoderModel(config, DTYPES[dtype]).to(self.device)
-        checkpoints.load_state(model, tensors)
+        model = make_model(config, tensors, DTYPES[dtype], self.device, quantized, self.shard, seed)
         self.embed = model.model.embed_tokens.weight.data
         self.lm_head = self.embed if config.tie_word_embeddings else model.lm_head.weight.data
-        model.pack(operations(self.backend))
+        model.pack(operations(self.backend, self.device))
         self.model = model
         self.checkpoint = None
         self.tokenizer = None
@@ -84,10 +99,13 @@ class Llama:
                 )
         slots = max_len + num_nodes
         if self.cache is None or self.cache.keys.shape[1] != batch_size or self.cache.slots < slots:
-            slots += -slots % 256
-            block = self.model.ops.KEY_BLOCK
-            self.cache = KVCache(self.config, batch_size, slots, self.model.dtype, self.device, block)
+            slots = slots + -slots % 256 if self.device.type == "cpu" else max(1024, 1 << (slots - 1).bit_length())
+            block, ranks, dtype = self.model.ops.KEY_BLOCK, self.shard.world, self.model.dtype
+            self.cache = None
+            check_cache(self.config, self.shard, dtype, batch_size * slots, self.device)
+            self.cache = KVCache(self.config, batch_size, slots, dtype, self.device, block, ranks)
         self.model.set_positions(self.cache.slots)
+        self.rope = self.model.cos, self.model.sin  # a captured graph keeps the tables it was captured with
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         self.features = tuple(features)
 
@@ -111,6 +129,7 @@ class Llama:
                 x, tapped = self.model(inputs, cache, self.features)
                 if features is not None:
                     features[row, start:stop] = tapped
+            self.model.ops.flush(x)
             last[row] = x[-1]
         filled = lengths.to(self.device, torch.int32)
         self.lengths = torch.where(filled > 0, filled, self.lengths)
@@ -131,7 +150,7 @@ class Llama:
         assert self.cache is not None
         if not self._chain:
             self.cache.keep_path(self.lengths, acceptance.path, acceptance.num_accepted)
-        self.lengths = self.lengths + (acceptance.num_accepted + 1)
+        self.lengths.add_(acceptance.num_accepted).add_(1)
 
     def forward(self, inputs: ModelInputs, layers: int | None = None) -> ModelOutput:
         """Logits and features of every token of `inputs`."""
@@ -151,27 +170,51 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_backend(backend: str, device: torch.device, config: ModelConfig) -> str:
-    """ "auto" is native on the CPU where the shapes allow it, torch elsewhere; asking for native must be possible."""
+def choose_backend(backend: str, device: torch.device, config: ModelConfig, special: bool = False) -> str:
+    """ "auto" is native where model and device allow it, torch elsewhere; asking for native must be possible.
+
+    special: FP8, or one rank's part.
+    """
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"target.backend={backend} is unknown; choose auto, native or torch")
-    fits = device.type == "cpu" and config.head_dim % 32 == 0
-    fits = fits and config.hidden_size % 16 == 0 and config.intermediate_size % 16 == 0
-    if backend == "native" and not fits:
-        raise ValueError(
-            f"target.backend=native needs the CPU, head_dim a multiple of 32, hidden and intermediate sizes of 16; got "
-            f"{device.type}, {config.head_dim}, {config.hidden_size} and {config.intermediate_size}: use target.backend=torch"
+    misfit = _misfit(device, config, special)
+    if backend == "native" and misfit:
+        raise ValueError(f"target.backend=native {misfit}: use target.backend=torch")
+    return "torch" if backend == "torch" or misfit else "native"
+
+
+def _misfit(device: torch.device, config: ModelConfig, special: bool) -> str:
+    """What the kernels need and do not find, or nothing."""
+    share = config.num_heads // config.num_kv_heads
+    if device.type == "cpu":
+        sizes = config.head_dim, config.hidden_size, config.intermediate_size
+        if sizes[0] % 32 or sizes[1] % 16 or sizes[2] % 16:
+            return f"needs head_dim a multiple of 32, hidden and intermediate sizes of 16 on the CPU; got {sizes}"
+        if not config.plain:
+            return f"computes plain Llama layers on the CPU, not {config.model_type}"
+        if special:
+            return "computes whole models on the CPU, and not in FP8"
+        return ""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or later; got {torch.cuda.get_device_capability(device)}"
+    if config.head_dim not in (32, 64, 128, 256) or share > 16:
+        return (
+            f"needs head_dim 32, 64, 128 or 256 and at most 16 query heads a KV head; got {config.head_dim} and {share}"
         )
-    return "torch" if backend == "torch" or not fits else "native"
+    return ""
 
 
-def operations(backend: str) -> Any:
-    """The module of kernels behind a backend's name; compiled ones are imported only when asked for."""
-    if backend == "native":
-        from specdec.kernels.cpu import ops
+def operations(backend: str, device: torch.device) -> Any:
+    """What computes behind a backend's name; compiled kernels are imported only when asked for."""
+    if backend == "torch":
+        return reference
+    if device.type == "cuda":
+        from specdec.kernels.gpu.ops import Ops
 
-        return ops
-    return reference
+        return Ops(device)
+    from specdec.kernels.cpu import ops
+
+    return ops
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -23,6 +23,8 @@ class Replay(Drafter):
     where the spine is wrong the decoy is right, and they stand in either order. Nothing is proposed off the references.
     """
 
+    catches_up = False
+
     def __init__(self, references: Sequence[Sequence[int]], depth: int = 4, tree: bool = False, every: int = 3) -> None:
         if not references or min(map(len, references)) < 2:
             raise ValueError("Replay needs references of two tokens or more: the prompt and the plain output")

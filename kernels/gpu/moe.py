@@ -1,0 +1,242 @@
+"""Llama 4's mixture of experts at a few tokens: every distinct expert is read once, and the shared one beside them.
+
+M tokens, H hidden size, X experts, I channels of an expert, N outputs and K inputs of a product, S parts of K. Products run in
+slots: slot 0 is the shared expert and takes all tokens; slot 1 + m is the expert of token m, and works only if no
+earlier token chose the same, then for all tokens that did. A token's sums depend on its expert alone, not on its column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec.kernels.gpu.linear import TOKENS, swiglu, to_fp8, token_scale
+from specdec.kernels.gpu.norm import add_norm_kernel
+from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
+from specdec.kernels.gpu.table import tile
+from specdec.kernels.reference import FP8, Experts, Fp8Weight, Weight
+
+ROUTED = 4  # tokens of a router program
+
+
+@triton.jit(do_not_specialize=["M"])
+def router_kernel(
+    h, router, logits, quantised, scales, input_scale, M,
+    X: tl.constexpr, K: tl.constexpr, STATIC: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h [M, K] times router [X, K]: logits f32 [M, X]. A program owns one expert's row, in registers before the wait.
+
+    STATIC: the routed experts' inputs have a scale of their own, so h is rounded with it: e4m3 [M, K], scales f32 [M].
+    """
+    trigger(PDL)
+    row, first = tl.program_id(0), tl.program_id(1) * BM
+    cols, tokens = tl.arange(0, BLOCK), first + tl.arange(0, BM)
+    w = tl.load(router + row * K + cols, cols < K, other=0.0).to(tl.float32)
+    wait(PDL)
+    x = tl.load(h + tokens[:, None] * K + cols[None, :], (tokens < M)[:, None] & (cols < K)[None, :], other=0.0)
+    tl.store(logits + tokens * X + row, tl.sum(x.to(tl.float32) * w[None, :], 1), tokens < M)
+    if STATIC:
+        scale = tl.load(input_scale)
+        for token in range(first + row, tl.minimum(first + BM, M), X):
+            rounded = to_fp8(tl.load(h + token * K + cols, cols < K, other=0.0).to(tl.float32) / scale)
+            tl.store(quantised + token * K + cols, rounded, cols < K)
+            tl.store(scales + token, scale)
+
+
+@triton.jit
+def choose(logits, forced, tokens, M, X: tl.constexpr, XP: tl.constexpr, FORCED: tl.constexpr):
+    """Expert of each token, of equal logits the first, and the sigmoid of its logit: int32 [n], f32 [n]."""
+    ids = tl.arange(0, XP)
+    mask = (tokens < M)[:, None] & (ids < X)[None, :]
+    z = tl.load(logits + tokens[:, None] * X + ids[None, :], mask, other=float("-inf"))
+    if FORCED:
+        chosen = tl.load(forced + tokens, tokens < M, other=0)
+    else:
+        chosen = tl.argmax(z, 1, tie_break_left=True)
+    logit = tl.sum(tl.where(ids[None, :] == chosen[:, None], z, 0.0), 1)
+    return chosen, 1.0 / (1.0 + tl.exp(-logit))
+
+
+@triton.jit
+def product(
+    x, scale, weight, rows, tokens, mine, begin,
+    N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, ROUND: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """weight [N, K] times x [M, K], SPAN inputs from `begin` on, for the columns that are `mine`: f32 [BN, BM]."""
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for k in range(0, SPAN, BK):
+        inside = k + tl.arange(0, BK) < SPAN
+        cols = begin + k + tl.arange(0, BK)
+        h = tl.load(x + tokens[None, :] * K + cols[:, None], inside[:, None] & mine[None, :], other=0.0)
+        if ROUND:
+            h = to_fp8(h.to(tl.float32) / scale[None, :])
+        w = tl.load(weight + rows[:, None] * K + cols[None, :], (rows < N)[:, None] & inside[None, :], other=0.0)
+        acc = tl.dot(w, h, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def expert_gate_up_kernel(
+    x, x_scale, logits, forced, weight, weight_scale, shared, shared_scale, experts, out, M,
+    N: tl.constexpr, K: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
+    QUANTISED: tl.constexpr, STATIC: tl.constexpr, FORCED: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """silu(score * gate) * score * up of rows that alternate: out [2, M, N / 2], routed first; experts int32 [M].
+
+    x [M, K]; if QUANTISED e4m3 with x_scale f32 [M], and with STATIC both twice: for the shared expert, then for the routed.
+    weight [X, N, K] with weight_scale f32 [X, N], shared [N, K] with shared_scale f32 [N].
+    """
+    trigger(PDL)
+    row, slot = tl.program_id(0) * BN, tl.program_id(1)
+    size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    if slot == 0:
+        prefetch_rows(shared, row, K * size, K * size, BN, N, PDL)
+    wait(PDL)
+    own = 0
+    if slot > 0:
+        own = tl.sum(choose(logits, forced, slot - 1 + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
+        shared = weight + own.to(tl.int64) * (N * K)
+        prefetch_rows(shared, row, K * size, K * size, BN, N, PDL)
+        shared_scale = weight_scale + own * N
+        if STATIC:
+            x += M * K
+            x_scale += M
+        if row == 0:
+            tl.store(experts + slot - 1, own)
+    out += tl.where(slot > 0, 0, M * (N // 2))
+    rows, pairs = row + tl.arange(0, BN), row // 2 + tl.arange(0, BN // 2)
+    earlier = 0
+    for first in range(0, M, BM):
+        tokens = first + tl.arange(0, BM)
+        mine = tokens < M
+        score = tl.full((BM,), 1.0, tl.float32)
+        if slot > 0:
+            chosen, score = choose(logits, forced, tokens, M, X, XP, FORCED)
+            mine = mine & (chosen == own)
+            earlier += tl.sum((mine & (tokens < slot - 1)).to(tl.int32), 0)
+        if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
+            acc = product(x, score, shared, rows, tokens, mine, 0, N, K, K, False, BN, BK, BM)
+            if QUANTISED:
+                scale = tl.load(x_scale + tokens, mine, other=0.0)
+                acc *= tl.load(shared_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
+            acc = swiglu(acc * score[None, :], BN, BM).to(out.dtype.element_ty)
+            tl.store(out + tokens[None, :] * (N // 2) + pairs[:, None], acc, (pairs < N // 2)[:, None] & mine[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def expert_down_kernel(
+    x, experts, input_scale, shared_input_scale, weight, weight_scale, shared, shared_scale, out, M,
+    N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, INPUT: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x [2, M, K] times weight [X, N, K] of each token's expert and shared [N, K]: out f32 [2 S, M, N] partial sums.
+
+    INPUT: "plain" (weights' dtype), "static" or "dynamic" (rounded to e4m3 here). Routed parts come first.
+    """
+    trigger(PDL)
+    row, part, slot = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2)
+    size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    span: tl.constexpr = K // S
+    if slot == 0:
+        prefetch_rows(shared + part * span, row, K * size, span * size, BN, N, PDL)
+    wait(PDL)
+    own = 0
+    if slot > 0:
+        own = tl.load(experts + slot - 1)
+        shared = weight + own.to(tl.int64) * (N * K)
+        prefetch_rows(shared + part * span, row, K * size, span * size, BN, N, PDL)
+        shared_scale = weight_scale + own * N
+        shared_input_scale = input_scale
+    x += tl.where(slot > 0, 0, M * K)
+    out += (tl.where(slot > 0, 0, S) + part) * M * N
+    rows = row + tl.arange(0, BN)
+    earlier = 0
+    for first in range(0, M, BM):
+        tokens = first + tl.arange(0, BM)
+        mine = tokens < M
+        if slot > 0:
+            mine = mine & (tl.load(experts + tokens, mine, other=-1) == own)
+            earlier += tl.sum((mine & (tokens < slot - 1)).to(tl.int32), 0)
+        if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
+            scale = tl.full((BM,), 1.0, tl.float32)
+            if INPUT != "plain":
+                scale = token_scale(x, shared_input_scale, tokens, M, K, BM, BQ, INPUT == "static")
+            acc = product(x, scale, shared, rows, tokens, mine, part * span, N, K, span, INPUT != "plain", BN, BK, BM)
+            if INPUT != "plain":
+                acc *= tl.load(shared_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
+            tl.store(out + tokens[None, :] * N + rows[:, None], acc, (rows < N)[:, None] & mine[None, :])
+
+
+def interleave(weight: Weight) -> Weight:
+    """Rows [gate; up] of weights [..., 2 I, K] as gate 0, up 0, gate 1, ..., so that a program holds pairs."""
+    if isinstance(weight, Fp8Weight):
+        data = _alternate(weight.data.view(torch.uint8), -2).view(weight.data.dtype)
+        return Fp8Weight(data, _alternate(weight.scale, -1), weight.input_scale)
+    return _alternate(weight, -2)
+
+
+def _alternate(rows: Tensor, dim: int) -> Tensor:
+    gate, up = rows.chunk(2, dim)
+    return torch.stack([gate, up], dim).transpose(dim - 1, dim).reshape(rows.shape)
+
+
+def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
+    """x f32 [M, H] += the mixture of RMSNorm(x), as partial sums that stay pending; see `reference.moe`.
+
+    The gate and up rows of both kinds of experts alternate. Errors: experts of which only some have FP8 weights, or only
+    some have a static input scale.
+    """
+    gate_up, mode = experts.gate_up, _mode(experts)
+    (m, hidden), num_experts = x.shape, len(experts.router)
+    h, quantised, scales = _normed(ops, x, norm, eps, experts, mode)
+    logits = torch.empty((m, num_experts), device=x.device)
+    static = mode == "static"
+    router_kernel[(num_experts, triton.cdiv(m, ROUTED))](
+        h, experts.router, logits, quantised[-1], scales[-1], _input_scale(gate_up, h), m,
+        X=num_experts, K=hidden, STATIC=static, BM=ROUTED, BLOCK=triton.next_power_of_2(hidden), num_warps=8,
+        **ops._launch(),
+    )  # fmt: skip
+    rows = _data(gate_up).shape[1]
+    inner = torch.empty((2, m, rows // 2), dtype=h.dtype, device=x.device)
+    chosen = torch.empty(m, dtype=torch.int32, device=x.device)
+    t = tile("expert_gate_up", rows, hidden, _data(gate_up).element_size())
+    expert_gate_up_kernel[(triton.cdiv(rows, t.BN), m + 1)](
+        h if mode == "plain" else quantised, scales, logits, chosen if experts.forced is None else experts.forced,
+        _data(gate_up), _scale(gate_up), _data(experts.shared_gate_up), _scale(experts.shared_gate_up), chosen, inner, m,
+        N=rows, K=hidden, X=num_experts, XP=triton.next_power_of_2(num_experts),
+        QUANTISED=mode != "plain", STATIC=static, FORCED=experts.forced is not None,
+        BN=t.BN, BK=t.BK, BM=TOKENS, **ops._launch(t),
+    )  # fmt: skip
+    ops.pending = (x, _down(ops, inner, chosen, experts, mode))
+
+
+def _down(ops: Any, inner: Tensor, chosen: Tensor, experts: Experts, mode: str) -> Tensor:
+    """Partial sums f32 [2 S, M, H] of inner [2, M, I]."""
+    (_, m, k), (_, n, _) = inner.shape, _data(experts.down).shape
+    t = tile("expert_down", n, k, _data(experts.down).element_size())
+    out = torch.empty((2 * t.splits, m, n), device=inner.device)
+    expert_down_kernel[(triton.cdiv(n, t.BN), t.splits, m + 1)](
+        inner, chosen, _input_scale(experts.down, inner), _input_scale(experts.shared_down, inner),
+        _data(experts.down), _scale(experts.down), _data(experts.shared_down), _scale(experts.shared_down), out, m,
+        N=n, K=k, S=t.splits, INPUT=mode, BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256),
+        **ops._launch(t),
+    )  # fmt: skip
+    return out
+
+
+def _normed(
+    ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised stream [M, H], and for FP8 weights its e4m3 [1 or 2, M, H] with scales f32 [1 or 2, M].
+
+    Static scales may differ between the shared expert, which comes first, and the routed ones, which the router rounds for.
+    """
+    (m, k), (pending, count) = x.shape, ops._pending(x)
+    h = torch.empty((m, k), dtype=experts.router.dtype, device=x.device)
+    parts = {"plain": 0, "dynamic": 1, "static": 2}[mode]

@@ -1,0 +1,51 @@
+"""Programmatic dependent launch: a kernel starts while its predecessor still runs, warms the L2, and then waits for it.
+
+Every kernel of a chain calls `trigger` first and `wait` before it touches anything another kernel wrote. Because every one
+waits, completion is transitive: whoever has waited sees all that was launched before. Prefetches need no ordering.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+__all__ = ["prefetch_rows", "trigger", "wait"]
+
+
+@triton.jit
+def trigger(PDL: tl.constexpr):
+    """Let the next kernel start now."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Until every kernel launched before has finished and its writes are visible."""
+    if PDL:
+        cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch_rows(ptr, row, stride, bytes_per_row: tl.constexpr, ROWS: tl.constexpr, N, PDL: tl.constexpr):
+    """Ask for ROWS rows of a weight matrix from `row` on, N in all, to be brought to the L2. ptr uint8 [N, stride] bytes.
+
+    One bulk request a thread: rows are cut in equal pieces, so that 128 threads have one each.
+    """
+    if PDL:
+        PIECES: tl.constexpr = 128 // ROWS if ROWS < 128 else 1
+        SIZE: tl.constexpr = (bytes_per_row // PIECES) // 16 * 16
+        if SIZE > 0:
+            piece = tl.arange(0, ROWS * PIECES)
+            at = row + piece // PIECES
+            at = tl.minimum(at, N - 1)
+            address = ptr.to(tl.int64) + at.to(tl.int64) * stride + (piece % PIECES) * SIZE
+            tl.inline_asm_elementwise(
+                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+                "=r,l,r",
+                [address, tl.full([ROWS * PIECES], SIZE, tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )

@@ -1,0 +1,41 @@
+"""Which tile each product uses. A function of (N, K) and the weights' width alone: the number of tokens must not show.
+
+Measured on one H200 with `experiments/gpu_kernels.py --tune`; other shapes follow the same rule of thumb.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+PROGRAMS = 132  # multiprocessors to keep busy
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """BN weight rows by BK inputs a turn, K in `splits` parts; warps and pipeline stages of the program."""
+
+    BN: int
+    BK: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+
+
+TUNED: dict[tuple[str, int, int, int], Tile] = {}  # (kind, N, K, bytes a weight) -> tile
+
+
+@cache
+def tile(kind: str, n: int, k: int, width: int) -> Tile:
+    """kind: "norm" (whole K a program), "swiglu" (likewise, even rows), "add" and "plain" (K may be split)."""
+    if found := TUNED.get((kind, n, k, width)):
+        return found
+    rows = next((rows for rows in (64, 32) if n // rows >= PROGRAMS), 16)
+    splits = 1
+    if kind in ("add", "plain"):
+        while n // rows * splits < PROGRAMS and k % (2 * splits) == 0 and k // (2 * splits) >= 256 and splits < 8:
+            splits *= 2
+    inputs = 256 // width
+    while inputs > 32 and inputs > k // splits:
+        inputs //= 2
+    return Tile(rows, inputs, splits)
