@@ -133,11 +133,16 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def embed(tokens: Tensor, table: Tensor, norm: Tensor) -> Tensor:
+    """Rows of the table [V, K] as the stream f32 [M, K]; tokens int64 [M]. norm: what the stream meets first."""
+    return table[tokens].float()
+
+
 def flush(x: Tensor) -> None:
     """Finish sums that a backend has put off; here there are none."""
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: Weight) -> None:
+def add_linear(residual: Tensor, x: Tensor, weight: Weight, norm: Tensor | None = None) -> None:
     """residual f32 [M, N] += x [M, K] @ weight.T, in place."""
     residual += linear(x, weight)
 
@@ -247,6 +252,7 @@ class Parallel:
 
     KEY_BLOCK = KEY_BLOCK
     Replay = Replay
+    embed = staticmethod(embed)
     flush = staticmethod(flush)
     pack = staticmethod(pack)
     norm_linear = staticmethod(norm_linear)
@@ -257,7 +263,7 @@ class Parallel:
         """reduce: a partial sum f32 [M, N] -> the sum over all ranks, with the same bits on each."""
         self.reduce = reduce
 
-    def add_linear(self, residual: Tensor, x: Tensor, weight: Weight) -> None:
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Weight, norm: Tensor | None = None) -> None:
         """residual f32 [M, N] += the sum of x [M, K] @ weight.T, in place."""
         residual += self.reduce(linear(x, weight))
 

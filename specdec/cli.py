@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from specdec.decoding import SpeculativeDecoder
+    from specdec.target.ranks import Ranks
 
 VOLATILE = ("tracking", "run_dir", "sweep_dir")  # keys that may change between the parts of an interrupted run
 LONGEST_NAME = 120  # characters of a cell's folder; file systems take 255 bytes
@@ -40,29 +46,35 @@ OmegaConf.register_new_resolver("cell_name", cell_name, replace=True)
 def run(cfg: DictConfig, console: Console) -> float | None:
     """One run from a composed config; returns the pooled speed-up of its (first) drafter, if there is a baseline."""
     from specdec import composition, metrics, report
-    from specdec.decoding import SpeculativeDecoder
-    from specdec.experiment import Experiment, Job
+    from specdec.experiment import Experiment, Job, follow
+    from specdec.target import ranks
     from specdec.tracking.run_folder import RunFolder
 
     choices, folder = HydraConfig.get().runtime.choices, output_folder()
+    if _side_by_side() and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "cells side by side cannot each share a model among processes: leave hydra/launcher=joblib out"
+        )
     composition.check_values(cfg)
     configs = composition.drafter_configs(cfg, choices.drafter, HydraConfig.get().overrides.task)
     verifier = composition.build(cfg.verifier, "verifier")
     drafters = composition.build_methods(configs, verifier)
     sampling = composition.build_sampling(cfg)
+    group = ranks.joined()
+    if group is not None and group.rank > 0:
+        if ranks.share(False):
+            follow(_decoders(cfg, drafters, verifier, sampling))
+        return None
     conversations = composition.build(cfg.dataset, "dataset").load()
     tracker = composition.build(cfg.tracking, "tracking")
     recorded = {"choices": _groups(choices), "config": {**_plain(cfg), "drafter": _plain(OmegaConf.create(configs))}}
     with RunFolder(folder, _without_volatile(recorded), sys.argv) as run_folder:
+        ranks.share(not run_folder.done)
         if run_folder.done:
             _note(console, f"{folder} is done already; give another run_dir (or sweep_dir) to run it again")
             return _speedup(metrics.summary(metrics.load_trace(folder)), list(configs))
         console.print(f"target {choices.target}: loading ... (the first time compiles kernels)", style="dim")
-        target = composition.build(cfg.target, "target")
-        decoders = {
-            name: SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
-            for name, drafter in drafters.items()
-        }
+        decoders = _decoders(cfg, drafters, verifier, sampling)
         job = Job(
             conversations, cfg.max_new_tokens, cfg.seed, cfg.passes, cfg.ignore_eos, choices.verifier, _side_by_side()
         )
@@ -72,6 +84,23 @@ def run(cfg: DictConfig, console: Console) -> float | None:
     if where := tracker.log(folder, _sweep_name()):
         _note(console, f"W&B: {where}")
     return _speedup(summary, list(configs))
+
+
+def _decoders(cfg: DictConfig, drafters: dict[str, Any], verifier: Any, sampling: Any) -> dict[str, SpeculativeDecoder]:
+    """One target, and a decoder for every drafter. ValueError for ranks that would each run a model of their own."""
+    from specdec import composition
+    from specdec.decoding import SpeculativeDecoder
+
+    target, group = composition.build(cfg.target, "target"), _ranks()
+    if group is not None and getattr(target, "ranks", None) is None:
+        raise ValueError(
+            f"{group.world} processes were started, and {type(target).__name__} with these options is not shared "
+            "among processes: start one, or use target=llama without target.shard"
+        )
+    return {
+        name: SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
+        for name, drafter in drafters.items()
+    }
 
 
 def output_folder() -> Path:
@@ -122,15 +151,16 @@ def _speedup(summary: Any, names: list[str]) -> float | None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")  # type: ignore[untyped-decorator]
 def _hydra_main(cfg: DictConfig) -> float | None:
     from specdec.composition import one_sentence
+    from specdec.target.ranks import RankError
     from specdec.tracking.run_folder import RunError
 
     warnings.showwarning = _show_warning  # here, because a sweep's cells may run in processes of their own
     try:
         return run(cfg, Console())
-    except (ValueError, OSError, RunError, OmegaConfBaseException) as error:
+    except (ValueError, OSError, RunError, RankError, OmegaConfBaseException) as error:
         if output_folder().is_dir() and not any(output_folder().iterdir()):
             output_folder().rmdir()
-        if _in_sweep():
+        if _in_sweep() and _ranks() is None:  # the others of several ranks would not know which cell comes next
             _say(f"{output_folder().name}: {one_sentence(error)}")
             remedy = "once that is put right, the same command runs what is left"
             raise CellError(f"a cell of the sweep failed, see above; {remedy}") from error
@@ -161,12 +191,54 @@ def _note(console: Console, line: str, style: str = "") -> None:
 
 
 def _say(sentence: str) -> None:
-    """One sentence to the user, in red and on stderr."""
-    Console(stderr=True).print(Text.assemble(("specdec:", "bold red"), " ", sentence), soft_wrap=True)
+    """One sentence to the user, in red and on stderr; of several ranks that fail together one says it."""
+    ranks = _ranks()
+    if ranks is not None and not ranks.speaks():
+        return
+    name, place = "specdec:", sys.stderr
+    if ranks is not None and ranks.rank > 0:
+        name, place = f"specdec, rank {ranks.rank}:", sys.__stderr__ or sys.stderr
+    Console(file=place).print(Text.assemble((name, "bold red"), " ", sentence), soft_wrap=True)
+
+
+def _ranks() -> Ranks | None:
+    """The processes that share the model, once `main` has joined them; torch is imported for them alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from specdec.target.ranks import joined
+
+    return joined()
 
 
 def main() -> None:
-    """Entry point of the console script. Exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Entry point of the console script, also under torchrun. Exit status: 0 done, 2 a mistake, 130 interrupted."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        _main()
+        return
+    from specdec.target import ranks
+
+    try:
+        group = ranks.join()
+    except (ValueError, ranks.RankError) as error:
+        _say(str(error))
+        sys.exit(2)
+    if group is None or group.rank == 0:
+        _main()
+    else:
+        _main_silently()
+    ranks.leave()
+
+
+def _main_silently() -> None:
+    """Without a word, and with Hydra's folders out of the way, among the overrides, which must stand together."""
+    at = next((i for i, a in enumerate(sys.argv) if i and "=" in a and not a.startswith("-")), len(sys.argv))
+    with tempfile.TemporaryDirectory() as unused, open(os.devnull, "w") as nowhere:
+        sys.argv[at:at] = [f"hydra.run.dir={unused}", f"hydra.sweep.dir={unused}"]
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            _main()
+
+
+def _main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its errors on instead of printing them its own way

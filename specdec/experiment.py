@@ -14,9 +14,12 @@ from specdec import metrics
 from specdec.composition import BASELINE
 from specdec.data import Conversation
 from specdec.decoding import GenerationResult, SpeculativeDecoder
-from specdec.decoding.chat import encode, messages, template_name
+from specdec.decoding.chat import Prompt, encode, messages, template_name
+from specdec.target import ranks
 from specdec.tracking.run_folder import Key, RunFolder
 
+Call = tuple[str, list[Prompt], int, int, bool]  # method, prompts, max_new_tokens, seed, ignore_eos
+_END: Call | None = None  # what rank 0 shares when all is decoded
 CHUNK = 4  # batches of prompts a method decodes before the next takes its turn; rows refill from the queue meanwhile
 
 
@@ -31,6 +34,18 @@ class Job:
     ignore_eos: bool = False
     verifier: str = "target_only"
     concurrent: bool = False  # other runs share the machine: no speed of this one means anything
+
+
+def decode(decoders: dict[str, SpeculativeDecoder], call: Call) -> GenerationResult:
+    """One method's answers."""
+    name, prompts, max_new_tokens, seed, ignore_eos = call
+    return decoders[name].generate(prompts, max_new_tokens, seed, ignore_eos=ignore_eos)
+
+
+def follow(decoders: dict[str, SpeculativeDecoder]) -> None:
+    """What the ranks behind the first do: decode what it decodes, until it has no more."""
+    while (call := ranks.share(_END)) is not None:
+        decode(decoders, call)
 
 
 class Experiment:
@@ -64,6 +79,7 @@ class Experiment:
             for name, label, number in self._work():
                 bar.update(task, description=f"{name:<16} {label:<14}", advance=number)
             bar.update(task, description="done")
+        ranks.share(_END)
         return self.folder.finish()
 
     def _check_lengths(self) -> None:
@@ -79,8 +95,13 @@ class Experiment:
 
     def _warm_up(self) -> None:
         """Touch the weights and compile what compiles, with each method, before anything is timed."""
-        for decoder in self.decoders.values():
-            decoder.generate([[1, 2, 3, 1, 2, 3, 1]], max_new_tokens=4, ignore_eos=True)
+        for name in self.decoders:
+            self._generate((name, [[1, 2, 3, 1, 2, 3, 1]], 4, 0, True))
+
+    def _generate(self, call: Call) -> GenerationResult:
+        """With the other ranks, if there are any."""
+        ranks.share(call)
+        return decode(self.decoders, call)
 
     def _work(self) -> Iterator[tuple[str, str, int]]:
         """Yields (method, task, requests) as groups of requests are finished."""
@@ -104,9 +125,9 @@ class Experiment:
     def _decode(self, name: str, todo: Sequence[tuple[int, Conversation]], turn: int, number: int) -> None:
         """One method's answers to one turn of some conversations, written down."""
         decoder, job = self.decoders[name], self.job
-        prompts = [messages(c.turns[: turn + 1], self._answers(i, turn, number)) for i, c in todo]
+        prompts: list[Prompt] = [messages(c.turns[: turn + 1], self._answers(i, turn, number)) for i, c in todo]
         try:
-            result = decoder.generate(prompts, job.max_new_tokens, job.seed + number, ignore_eos=job.ignore_eos)
+            result = self._generate((name, prompts, job.max_new_tokens, job.seed + number, job.ignore_eos))
         except ValueError as error:
             raise ValueError(f"question {', '.join(c.question_id for _, c in todo)}: {error}") from error
         for at, (i, conversation) in enumerate(todo):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.steps import argmax, common_device
-from specdec.types import Sampling
+from specdec.types import Sampling, Vocabulary
 
 __all__ = ["argmax", "choose", "gumbel", "sample", "uniform", "warp"]
 
@@ -48,9 +48,9 @@ def uniform(seed: Tensor, position: Tensor, stream: int, index: Tensor) -> Tenso
     return ((bits.long() & 0xFFFFFFFF).double() + 0.5).mul_(2.0**-32).float().clamp_(max=1 - 2.0**-24)
 
 
-def gumbel(seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
-    """Gumbel noise for every token id: [*position.shape, size], f32. seed broadcasts against position."""
-    ids = torch.arange(size, device=position.device)
+def gumbel(seed: Tensor, position: Tensor, stream: int, size: int, first: int = 0) -> Tensor:
+    """Gumbel noise for token ids from `first` on: [*position.shape, size], f32. seed broadcasts against position."""
+    ids = torch.arange(first, first + size, device=position.device)
     u = uniform(seed[..., None], position[..., None], stream, ids)
     return -torch.log(-torch.log1p(-u))  # of 1 - u: finest where the noise is largest
 
@@ -90,6 +90,8 @@ def choose(logits: Tensor, sampling: Sampling, position: Tensor, stream: int = S
 
     logits [B, N, V]; position int32 [B, N], the absolute position of the chosen token. -> int64 [B, N].
     """
+    if sampling.vocabulary is not None:
+        return _choose_among_ranks(logits, sampling, position, stream, sampling.vocabulary)
     if sampling.mode == "greedy":
         return argmax(logits)
     if _fused(logits, sampling, position):
@@ -99,6 +101,25 @@ def choose(logits: Tensor, sampling: Sampling, position: Tensor, stream: int = S
         return token
     noise = gumbel(sampling.seed[:, None], position, stream, logits.shape[-1])
     return argmax(warp(logits, sampling) + noise)
+
+
+def _choose_among_ranks(
+    logits: Tensor, sampling: Sampling, position: Tensor, stream: int, vocabulary: Vocabulary
+) -> Tensor:
+    """`choose` where every rank has a part of the vocabulary [B, N, V / ranks]: only each one's best token travels.
+
+    Of equals the lowest id, as in the whole: ranks stand in the order of ids. f64 holds score and id exactly.
+    """
+    assert sampling.mode != "warped", "top-k and top-p need whole logits"
+    scores = logits
+    if sampling.mode == "sampled":
+        noise = gumbel(sampling.seed[:, None], position, stream, logits.shape[-1], vocabulary.first)
+        temperature = _rows(sampling.temperature, logits)
+        scores = torch.where(temperature > 0, logits / torch.where(temperature > 0, temperature, 1.0) + noise, logits)
+    best = argmax(scores)[..., None]
+    pair = torch.cat([scores.gather(-1, best).double(), (best + vocabulary.first).double()], -1)
+    scores, ids = vocabulary.gather(pair).unbind(-1)
+    return ids.gather(0, argmax(scores.movedim(0, -1))[None]).squeeze(0).long()
 
 
 def _fused(logits: Tensor, sampling: Sampling, position: Tensor) -> bool:

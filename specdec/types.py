@@ -6,6 +6,7 @@ Words: the root is the last emitted token, not yet in the target's cache; a chai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,12 +29,31 @@ class ModelInputs:
     offset: int = 0  # K/V of token t goes to slot prefix + offset + t; with paths=None queries are causal
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The token ids whose logits this rank has, where several share a head: each an equal part, in the order of ranks."""
+
+    first: int  # id of the first of them
+    gather: Callable[[Tensor], Tensor]  # [...] of every rank -> [ranks, ...], the same on each
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """The logits of all ranks side by side. [..., V / ranks] -> [..., V]."""
+        return self.gather(logits).movedim(0, -2).flatten(-2)
+
+
 @dataclass(slots=True)
 class ModelOutput:
     """What a forward gives back."""
 
     logits: Tensor  # f32 [B, T, V]
     features: Tensor | None = None  # [B, T, F]  the tapped layers, concatenated in the order they were asked for
+    vocabulary: Vocabulary | None = None  # set: the logits are this part, f32 [B, T, V / ranks]
+
+    def whole(self) -> ModelOutput:
+        """The same with the logits of all tokens; every rank must ask."""
+        if self.vocabulary is None:
+            return self
+        return ModelOutput(self.vocabulary.whole(self.logits), self.features)
 
 
 @dataclass(slots=True)
@@ -112,6 +132,7 @@ class Sampling:
     seed: Tensor  # int64 [B]
     position: Tensor  # int32 [B]  absolute position of the token that follows the root
     mode: Literal["greedy", "sampled", "warped"] = "greedy"  # static: all rows greedy | no top-k/top-p | anything
+    vocabulary: Vocabulary | None = None  # of the logits to choose from, where they are one rank's part
 
 
 @dataclass(slots=True)

@@ -1,140 +1,123 @@
-"""The forward's kernels compiled as Hopper and Blackwell would get them, for the shapes of two models. No GPU needed."""
+"""The forward's kernels compiled as Hopper and Blackwell would get them, for the sizes of real models. No GPU needed.
+
+A model without memory runs once on the GPU's operations; what these would launch is noted and compiled.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
 import pytest
-import triton
+import torch
 from cross_compile import CompiledInfo, Job, compile_kernels
+from torch import Tensor, nn
 
-from specdec.kernels.gpu.attention import ROWS
-from specdec.kernels.gpu.linear import TOKENS
-from specdec.kernels.gpu.ops import BLOCK, SPLIT
-from specdec.kernels.gpu.table import Tile, tile
-
-LINEAR, NORM, ATTENTION = (f"specdec.kernels.gpu.{name}" for name in ("linear", "norm", "attention"))
-FLOATS = "x pending norm x_scale input_scale weight_scale stream scales qkv cos sin q_norm k_norm sums weights".split()
-KINDS = {
-    **dict.fromkeys(FLOATS, "*fp32"),
-    **dict.fromkeys(("positions", "prefix_lens", "paths", "arrived"), "*i32"),
-    **dict.fromkeys(("M", "T", "C", "offset", "width", "stride", "chunk", "temperature_floor"), "i32"),
-    **dict.fromkeys(("eps", "scale", "temperature"), "fp32"),
-    "plain": "*bf16", "quantised": "*fp8e4nv", "keys": "*bf16", "values": "*bf16",
-}  # fmt: skip
+from specdec.kernels.gpu import attention, moe, ops
+from specdec.kernels.gpu.table import tile
+from specdec.nn import DecoderModel, KVCache, ModelConfig
+from specdec.types import ModelInputs
 
 SHARED = 227 * 1024  # bytes a program can have
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+SMOLLM2 = ModelConfig(49152, 576, 1536, 1, 9, 3, 64, tie_word_embeddings=True)
+LLAMA_8B = ModelConfig(128256, 4096, 14336, 1, 32, 8, 128)
+QWEN3 = ModelConfig(151936, 1024, 3072, 1, 16, 8, 128, model_type="qwen3", qk_norm="weighted")
+SCOUT = ModelConfig(
+    202048, 5120, 8192, 2, 40, 8, 128, model_type="llama4_text", qk_norm="unit", nope_layers=(1,), attention_chunk=8192,
+    temperature_scale=0.1,
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What of a model decides its products: hidden, query and KV heads, their size, intermediate, vocabulary."""
+class Noting:
+    """Stands in for a kernel and notes how it is launched."""
 
-    hidden: int
-    heads: int
-    groups: int
-    head_dim: int
-    inner: int
-    vocab: int
+    def __init__(self, kernel: Any, arch: int, jobs: list[Job]) -> None:
+        self.function, self.arch, self.jobs = kernel.fn, arch, jobs
 
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self.launch
 
-SMOLLM2 = Sizes(576, 9, 3, 64, 1536, 49152)
-LLAMA_8B = Sizes(4096, 32, 8, 128, 14336, 128256)
-
-
-def make(
-    module: str, kernel: str, arguments: str, constants: dict[str, Any], t: Tile | int, arch: int, **types: str
-) -> Job:
-    """t: the tile of a product, or the number of warps."""
-    options = {"num_warps": t.warps, "num_stages": t.stages} if isinstance(t, Tile) else {"num_warps": t}
-    signature = {name: types.get(name, KINDS.get(name, "")) for name in arguments.split()}
-    return Job(module, kernel, signature, {**constants, "PDL": True}, arch, options, ["C", "stride"])
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        names = list(inspect.signature(self.function).parameters)
+        signature = {
+            name: TYPES[value.dtype] if isinstance(value, Tensor) else "i32" if isinstance(value, int) else "fp32"
+            for name, value in zip(names, arguments, strict=False)
+        }
+        constants = {name: options.pop(name) for name in names[len(arguments) :]}
+        job = Job(self.function.__module__, self.function.__name__, signature, constants, self.arch, options)
+        if job not in self.jobs:
+            self.jobs.append(job)
 
 
-def norm_linear(n: int, k: int, swiglu: bool, pending: int, arch: int) -> Job:
-    """bf16 weights behind a norm."""
-    t = tile("swiglu" if swiglu else "norm", n, k, 2)
-    constants = {"N": n, "K": k, "P": pending, "SWIGLU": swiglu, "BN": t.BN, "BK": t.BK, "BM": TOKENS}
-    out = "*bf16" if swiglu else "*fp32"
-    arguments = "x pending norm weight out M eps"
-    return make(LINEAR, "norm_linear_kernel", arguments, constants, t, arch, weight="*bf16", out=out)
+@contextmanager
+def noted(arch: int) -> Iterator[list[Job]]:
+    """Nothing is launched meanwhile."""
+    jobs: list[Job] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ops, attention, moe):
+            for name, kernel in vars(module).copy().items():
+                if name.endswith("_kernel"):
+                    patch.setattr(module, name, Noting(kernel, arch, jobs))
+        yield jobs
 
 
-def linear(kind: str, n: int, k: int, how: str, pending: int, arch: int) -> Job:
-    """kind: "add", "norm" or "swiglu". how: INPUT of the kernel; all but "plain" with FP8 weights."""
-    weight = "*bf16" if how == "plain" else "*fp8e4nv"
-    t = tile(kind, n, k, 2 if how == "plain" else 1)
-    constants = {
-        "N": n, "K": k, "P": pending, "S": t.splits, "INPUT": how, "SWIGLU": kind == "swiglu", "ADD": kind == "add",
-        "BN": t.BN, "BK": t.BK, "BM": TOKENS, "BQ": min(triton.next_power_of_2(k), 256),
-    }  # fmt: skip
-    x, out = "*fp8e4nv" if how == "scaled" else "*bf16", "*bf16" if kind == "swiglu" else "*fp32"
-    arguments = "x x_scale input_scale weight weight_scale stream pending out M"
-    return make(LINEAR, "linear_kernel", arguments, constants, t, arch, x=x, weight=weight, out=out)
+def launches(
+    config: ModelConfig, arch: int, quantized: bool = False, static: bool = False, tree: bool = False
+) -> list[Job]:
+    """Everything that one forward of two rows launches. static: FP8 inputs have a scale in the checkpoint."""
+    nowhere = torch.device("meta")
+    operations = ops.Ops(nowhere)
+    operations.pdl, operations.options = True, {"launch_pdl": True}
+    with noted(arch) as jobs, nowhere:
+        model = DecoderModel(config, torch.bfloat16, quantized)
+        for module in model.modules():
+            if hasattr(module, "input_scale"):  # its value decides
+                module.input_scale = nn.Parameter(torch.full((), float(static), device="cpu"), requires_grad=False)
+        model.pack(operations)
+        positions = torch.zeros(2, 5, dtype=torch.int32)
+        paths = torch.zeros(2, 5, 4, dtype=torch.int32) if tree else None
+        inputs = ModelInputs(positions.long(), positions, positions[:, 0], paths)
+        x, _ = model(inputs, KVCache(config, 2, 1024, torch.bfloat16, nowhere))
+        model.logits(x)
+        operations.flush(x)
+    return jobs
 
 
-def attention(sizes: Sizes, tree: bool, arch: int, **rule: Any) -> Job:
-    """rule: the kernel's constants that differ from plain RoPE."""
-    share = triton.next_power_of_2(sizes.heads // sizes.groups)
-    constants = {
-        "H": sizes.heads, "G": sizes.groups, "E": sizes.head_dim, "S": 1, "TILE": 1 if tree else ROWS // share,
-        "SPLIT": SPLIT, "BLOCK": BLOCK, "TREE": tree, "ROPE": True, "NORM": "none", "CHUNK": False,
-        "TEMPERATURE": False, **rule,
-    }  # fmt: skip
-    arguments = (
-        "qkv keys values positions prefix_lens paths cos sin q_norm k_norm sums weights arrived out "
-        "T C offset width stride scale eps chunk temperature temperature_floor"
-    )
-    job = make(ATTENTION, "attention_kernel", arguments, constants, 4, arch, out="*bf16")
-    job.options = {**job.options, "num_stages": 2}
-    return job
+def select(jobs: list[Job], kernel: str, rows: int = 0) -> list[Job]:
+    """The launches of one kernel, of products those with tiles of at least so many rows."""
+    return [job for job in jobs if job.kernel == kernel and job.constexprs.get("BN", 0) >= rows]
 
 
-def add_norm(k: int, plain: bool, quantise: str, pending: int, arch: int) -> Job:
-    """The norm before FP8 products and experts."""
-    block = triton.next_power_of_2(k)
-    constants = {"K": k, "P": pending, "PLAIN": plain, "QUANTISE": quantise, "BLOCK": block}
-    arguments = "x pending norm plain quantised scales input_scale M eps"
-    return make(NORM, "add_norm_kernel", arguments, constants, 8, arch)
-
-
-def jobs(arch: int) -> list[Job]:
-    """The products of a layer and the head, in bf16 and FP8; attention of chains and trees; the norm before FP8."""
-    small, large = SMOLLM2, LLAMA_8B
+def everything() -> list[Job]:
+    """On each generation a small model whose weights are loaded in one burst, and a large one; then the other rules."""
     return [
-        norm_linear((small.heads + 2 * small.groups) * small.head_dim, small.hidden, False, 2, arch),
-        norm_linear((large.heads + 2 * large.groups) * large.head_dim, large.hidden, False, 0, arch),
-        norm_linear(2 * large.inner, large.hidden, True, 0, arch),
-        norm_linear(small.vocab, small.hidden, False, 0, arch),
-        norm_linear(large.vocab, large.hidden, False, 4, arch),
-        linear("add", small.hidden, small.inner, "plain", 2, arch),
-        linear("add", large.hidden, large.inner, "plain", 0, arch),
-        linear("norm", (large.heads + 2 * large.groups) * large.head_dim, large.hidden, "scaled", 0, arch),
-        linear("swiglu", 2 * large.inner, large.hidden, "scaled", 0, arch),
-        linear("add", small.hidden, small.inner, "dynamic", 2, arch),
-        linear("add", large.hidden, large.heads * large.head_dim, "static", 0, arch),
-        add_norm(large.hidden, True, "dynamic", 2, arch),
-        attention(small, False, arch),
-        attention(large, True, arch),
+        *launches(SMOLLM2, 90),
+        *launches(LLAMA_8B, 90),
+        *launches(SMOLLM2, 100, tree=True),
+        *launches(LLAMA_8B, 100, quantized=True, static=True, tree=True),
+        *select(launches(SMOLLM2, 103), "attention_kernel"),
+        *select(launches(LLAMA_8B, 103, quantized=True), "linear_kernel", rows=64),
+        *select(launches(LLAMA_8B, 90, quantized=True), "linear_kernel", rows=64),
+        *select(launches(QWEN3, 90), "attention_kernel"),
+        *select(launches(SCOUT, 90), "attention_kernel"),
     ]
 
 
-ALL = [
-    *jobs(90),
-    *jobs(100),
-    attention(LLAMA_8B, False, 90, NORM="unit", CHUNK=True),
-    attention(SMOLLM2, True, 90, ROPE=False, NORM="weighted", TEMPERATURE=True),
-    norm_linear(SMOLLM2.vocab, SMOLLM2.hidden, False, 0, 103),
-    attention(SMOLLM2, True, 103),
-]
+Compiled = list[tuple[Job, CompiledInfo]]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[tuple[Job, CompiledInfo]]:
+def compiled() -> Compiled:
     """Everything, in one start of the compiler."""
-    return list(zip(ALL, compile_kernels(ALL), strict=True))
+    jobs = everything()
+    return list(zip(jobs, compile_kernels(jobs), strict=True))
 
 
 def describe(job: Job, found: CompiledInfo) -> str:
@@ -143,7 +126,16 @@ def describe(job: Job, found: CompiledInfo) -> str:
     return f"sm_{job.arch} {job.kernel} {dict(job.constexprs)} {dict(job.options)}: {usage}"
 
 
-Compiled = list[tuple[Job, CompiledInfo]]
+def test_every_kernel_of_a_forward_is_compiled(compiled: Compiled) -> None:
+    """What the operations launch was noted, for both generations, in every form the products have."""
+    for arch in (90, 100):
+        names = {job.kernel for job, _ in compiled if job.arch == arch}
+        assert names >= {"embed_kernel", "add_norm_kernel", "burst_kernel", "linear_kernel", "attention_kernel"}
+    found = [job.constexprs for job, _ in compiled]
+    assert {c["INPUT"] for c in found if "INPUT" in c} == {"plain", "scaled", "static"}
+    assert {c["NORM"] for c in found if "NORM" in c} == {"none", "weighted", "unit"}
+    assert {c["TREE"] for c in found if "TREE" in c} == {False, True}
+    assert all(c["PDL"] for c in found)
 
 
 def test_kernels_fit(compiled: Compiled) -> None:
@@ -157,32 +149,37 @@ def test_kernels_fit(compiled: Compiled) -> None:
 
 
 def test_kernels_overlap_their_predecessor(compiled: Compiled) -> None:
-    """Each lets its successor start, then waits, and loads nothing that others write in between; weights it may ask for."""
+    """None writes before its predecessor is done, none lets its successor start earlier; weights are asked for at once."""
     for job, found in compiled:
-        trigger, wait = (found.ptx.find(f"griddepcontrol.{what}") for what in ("launch_dependents", "wait"))
-        assert 0 < trigger < wait, describe(job, found)
-        early = found.ptx[trigger:wait]
-        assert "st.global" not in early, describe(job, found)
-        assert ("ld.global" in early) == (job.kernel == "add_norm_kernel"), describe(job, found)  # the norm's weight
-        assert ("cp.async.bulk.prefetch.L2" in early) == ("linear" in job.kernel), describe(job, found)
+        message = describe(job, found)
+        waits, triggers = (found.ptx.count(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents"))
+        assert waits == triggers > 0, message
+        early = found.ptx[: found.ptx.index("griddepcontrol.wait")]
+        for what in ("griddepcontrol.launch", "st.global", "atom.", "red."):
+            assert what not in early, message
+        if job.kernel == "linear_kernel":
+            assert "cp.async.bulk.prefetch.L2" in early, message
+        elif job.kernel != "attention_kernel":
+            assert "ld.global" in early, message
 
 
-def test_wide_tiles_use_the_matrix_unit_of_their_generation(compiled: Compiled) -> None:
-    wide = [(job, found) for job, found in compiled if job.constexprs.get("BN", 0) >= 64]
+def test_products_use_the_matrix_unit_of_their_generation(compiled: Compiled) -> None:
+    """Tiles of 64 rows fill its widest instruction; smaller ones take the one that all generations have."""
+    wide = [(job, found) for job, found in compiled if job.kernel == "linear_kernel" and job.constexprs["BN"] >= 64]
     assert {job.arch for job, _ in wide} == {90, 100, 103}, "no tile of 64 rows to look at"
     for job, found in wide:
         assert ("wgmma.mma_async" if job.arch == 90 else "tcgen05.mma") in found.ptx, describe(job, found)
     for job, found in compiled:
-        if job.kernel != "add_norm_kernel":
+        if job.kernel not in ("embed_kernel", "add_norm_kernel"):
             assert any(name in found.ptx for name in ("wgmma.mma", "tcgen05.mma", "mma.sync")), describe(job, found)
 
 
-def test_tables_splits_are_whole() -> None:
-    """Every part of K is as long as the others and its rows begin at 16 bytes, as bulk requests to the L2 must."""
-    for kind in ("norm", "swiglu", "add", "plain"):
-        for n, k, width in product((16, 576, 5120, 28672), (64, 576, 1536, 4096, 5120, 14336), (1, 2, 4)):
-            t = tile(kind, n, k, width)
-            assert k % t.splits == 0, (kind, n, k, t)
-            assert k // t.splits * width % 16 == 0, (kind, n, k, t)
-            assert t.splits == 1 or kind in ("add", "plain"), (kind, n, k, t)
-            assert t.BN % 16 == 0, (kind, n, k, t)
+@pytest.mark.parametrize("kind", ["norm", "swiglu", "add", "plain", "burst"])
+def test_the_table_gives_tiles_that_fit(kind: str) -> None:
+    """Parts of K are alike and begin at 16 bytes, as bulk requests to the L2 must; a pair of gate and up is not torn."""
+    for n, k, width in product((16, 576, 5120, 28672), (64, 576, 1536, 4096, 5120, 14336), (1, 2, 4)):
+        t = tile(kind, n, k, width)
+        assert t.BN % 16 == 0, (n, k, width, t)
+        assert k % t.splits == 0, (n, k, width, t)
+        assert k // t.splits * width % 16 == 0, (n, k, width, t)
+        assert t.splits == 1 or kind in ("add", "plain"), (n, k, width, t)

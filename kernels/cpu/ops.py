@@ -13,10 +13,10 @@ from specdec.kernels.cpu.attention import KEY_BLOCK
 from specdec.kernels.cpu.attention import attention as _attention
 from specdec.kernels.cpu.linear import PackedLinear, linear
 from specdec.kernels.cpu.parallel import Program, record
-from specdec.kernels.reference import AttentionRule, flush
+from specdec.kernels.reference import AttentionRule, embed, flush
 from specdec.types import ModelInputs
 
-__all__ = ["KEY_BLOCK", "Replay", "add_linear", "attention", "flush", "norm_linear", "norm_swiglu", "pack"]
+__all__ = ["KEY_BLOCK", "Replay", "add_linear", "attention", "embed", "flush", "norm_linear", "norm_swiglu", "pack"]
 
 REPLAYED = 64  # tokens; above, launching costs nothing beside the work
 
@@ -37,7 +37,7 @@ def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: PackedLinear) -> Te
     return linear(x, weight, out, products.SWIGLU, norm, eps)
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: PackedLinear) -> None:
+def add_linear(residual: Tensor, x: Tensor, weight: PackedLinear, norm: Tensor | None = None) -> None:
     """residual f32 [M, N] += x [M, K] @ weight.T, in place."""
     linear(x, weight, residual, products.ADD)
 

@@ -1,7 +1,8 @@
 """Products of a few tokens with a large weight matrix, weights as the row operand of the matrix unit.
 
 M tokens, K inputs, N outputs, P pending partial sums, S parts of K. A program owns BN weight rows and TOKENS columns. Which
-tile and split is used depends on (N, K) alone, so the bits of a token's result do not depend on who shares the forward.
+tile and split is used depends on (N, K) alone, so the bits of a token's result do not depend on who shares the forward. M is
+never specialised: Triton lays sums out by what it knows of an address.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, wait
 
 MIN_SCALE = tl.constexpr(2.0**-100)  # a token of zeros has a scale too
+ROOM = tl.constexpr(64)  # tokens for which there is room where their number must not show in an address
 TOKENS = 16  # columns of a program: one shape of the matrix instruction, whatever M is
 
 
@@ -33,39 +35,71 @@ def swiglu(acc, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def norm_linear_kernel(
-    x, pending, norm, weight, out, M, eps,
-    N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, SWIGLU: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """RMSNorm(x + pending) times weight [N, K]; out f32 [M, N], or silu(gate) * up in the weights' dtype [M, N / 2].
+def weight_piece(weight, rows, first, N, K, SIZE: tl.constexpr, WAYS: tl.constexpr):
+    """SIZE inputs from `first` on of each row, cut in WAYS parts: [WAYS, BN, SIZE / WAYS]."""
+    PART: tl.constexpr = SIZE // WAYS
+    k = first + tl.arange(0, WAYS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+    return tl.load(weight + rows[None, :, None] * K + k, (rows < N)[None, :, None] & (k < K), other=0.0)
 
-    The norm's factor is applied to the product, so the stream is read once. The stream itself is not changed.
+
+@triton.jit
+def input_piece(x, tokens, first, M, K, SIZE: tl.constexpr, WAYS: tl.constexpr):
+    """The same inputs of each token: [WAYS, SIZE / WAYS, BM]."""
+    PART: tl.constexpr = SIZE // WAYS
+    k = first + tl.arange(0, WAYS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+    return tl.load(x + tokens[None, None, :] * K + k, (k < K) & (tokens < M)[None, None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def burst_kernel(
+    x, squares, weight, out, stream, ready, ready_norm, ready_squares, M, eps,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr, READY: tl.constexpr,
+    BN: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, WAYS: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] times weight [N, K] where a program's weights fit its registers: loaded in one burst before the wait.
+
+    PARTS > 0: x lacks the factor of its RMSNorm, which follows from squares f32 [PARTS, ROOM]. SWIGLU: out [M, N / 2]. ADD: into
+    stream f32 [M, N]; with READY also as the next product wants it: stream * ready_norm in `ready`, each program's share of
+    its squares in ready_squares f32 [programs, ROOM]. Neither: out f32 [M, N]. K0 + K1 cover K; WAYS warps share it.
     """
-    trigger(PDL)
-    row, first = tl.program_id(0) * BN, tl.program_id(1) * BM
-    size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    prefetch_rows(weight, row, K * size, K * size, BN, N, PDL)
-    rows, tokens = row + tl.arange(0, BN), first + tl.arange(0, BM)
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    squares = tl.zeros((BK, BM), dtype=tl.float32)
-    wait(PDL)
-    for k in range(0, K, BK):
-        cols = k + tl.arange(0, BK)
-        inside = (cols < K)[:, None]
-        h = pending_sum(x, pending, tokens[None, :] * K + cols[:, None], inside & (tokens < M)[None, :], M, K, P)
-        squares += h * h
-        h *= tl.load(norm + cols, cols < K, other=0.0)[:, None]
-        at = rows[:, None] * K + cols[None, :]
-        w = tl.load(weight + at, (rows < N)[:, None] & (cols < K)[None, :], other=0.0)
-        acc = tl.dot(w, h.to(w.dtype), acc, input_precision="ieee")
-    acc *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
-    if SWIGLU:
-        acc = swiglu(acc, BN, BM)
-        rows = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    here = (tokens < M)[None, :]
     width: tl.constexpr = N // 2 if SWIGLU else N
-    at = tokens[None, :] * width + rows[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), (rows < width)[:, None] & (tokens < M)[None, :])
+    outputs = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2) if SWIGLU else rows
+    at = tokens[None, :] * width + outputs[:, None]
+    mask = (outputs < width)[:, None] & here
+    w0 = weight_piece(weight, rows, 0, N, K, K0, WAYS)
+    if K1 > 0:
+        w1 = weight_piece(weight, rows, K0, N, K, K1, WAYS)
+    if READY:
+        gain = tl.load(ready_norm + rows, rows < N, other=0.0)
+    wait(PDL)
+    x0 = input_piece(x, tokens, 0, M, K, K0, WAYS)  # all loads first: each would cost its whole latency again
+    if K1 > 0:
+        x1 = input_piece(x, tokens, K0, M, K, K1, WAYS)
+    if PARTS > 0:
+        part = tl.arange(0, triton.next_power_of_2(PARTS))
+        found = tl.load(squares + part[:, None] * ROOM + tokens[None, :], (part < PARTS)[:, None] & here, other=0.0)
+    if ADD:
+        before = tl.load(stream + at, mask, other=0.0)
+    acc = tl.zeros((WAYS, BN, BM), dtype=tl.float32)
+    acc = tl.dot(w0, x0, acc, input_precision="ieee")
+    if K1 > 0:
+        acc = tl.dot(w1, x1, acc, input_precision="ieee")
+    y = tl.sum(acc, 0)
+    if PARTS > 0:
+        y *= tl.rsqrt(tl.sum(found, 0) / K + eps)[None, :]
+    if SWIGLU:
+        y = swiglu(y, BN, BM)
+    if ADD:
+        y += before
+        tl.store(stream + at, y, mask)
+        if READY:
+            tl.store(ready + at, (y * gain[:, None]).to(ready.dtype.element_ty), mask)
+            tl.store(ready_squares + tl.program_id(0) * ROOM + tokens, tl.sum(y * y, 0), tokens < M)
+    else:
+        tl.store(out + at, y.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -88,7 +122,7 @@ def to_fp8(x):
     return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x, x_scale, input_scale, weight, weight_scale, stream, pending, out, M,
     N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
@@ -101,7 +135,6 @@ def linear_kernel(
     SWIGLU: out bf16 [M, N / 2]. ADD: out f32 [S, M, N] partial sums for the residual stream, or with S = 1 straight into it;
     the P partial sums still pending from before are added to the stream on the way. Neither: out f32 [S, M, N].
     """
-    trigger(PDL)
     row, part, first = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2) * BM
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     span: tl.constexpr = K // S

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.kernels.gpu.linear import TOKENS, swiglu, to_fp8, token_scale
 from specdec.kernels.gpu.norm import add_norm_kernel
-from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, wait
 from specdec.kernels.gpu.table import tile
 from specdec.kernels.reference import FP8, Experts, Fp8Weight, Weight
 
@@ -32,7 +32,6 @@ def router_kernel(
 
     STATIC: the routed experts' inputs have a scale of their own, so h is rounded with it: e4m3 [M, K], scales f32 [M].
     """
-    trigger(PDL)
     row, first = tl.program_id(0), tl.program_id(1) * BM
     cols, tokens = tl.arange(0, BLOCK), first + tl.arange(0, BM)
     w = tl.load(router + row * K + cols, cols < K, other=0.0).to(tl.float32)
@@ -52,7 +51,7 @@ def choose(logits, forced, tokens, M, X: tl.constexpr, XP: tl.constexpr, FORCED:
     """Expert of each token, of equal logits the first, and the sigmoid of its logit: int32 [n], f32 [n]."""
     ids = tl.arange(0, XP)
     mask = (tokens < M)[:, None] & (ids < X)[None, :]
-    z = tl.load(logits + tokens[:, None] * X + ids[None, :], mask, other=float("-inf"))
+    z = tl.load(logits + tokens[:, None] * X + ids[None, :], mask, other=float("-inf"), cache_modifier=".cg")
     if FORCED:
         chosen = tl.load(forced + tokens, tokens < M, other=0)
     else:
@@ -72,12 +71,30 @@ def product(
     for k in range(0, SPAN, BK):
         inside = k + tl.arange(0, BK) < SPAN
         cols = begin + k + tl.arange(0, BK)
-        h = tl.load(x + tokens[None, :] * K + cols[:, None], inside[:, None] & mine[None, :], other=0.0)
+        h = tl.load(
+            x + tokens[None, :] * K + cols[:, None], inside[:, None] & mine[None, :], other=0.0, cache_modifier=".cg"
+        )
         if ROUND:
             h = to_fp8(h.to(tl.float32) / scale[None, :])
         w = tl.load(weight + rows[:, None] * K + cols[None, :], (rows < N)[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(w, h, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def activation(
+    x, x_scale, weight, weight_scale, out, row, tokens, mine, score,
+    N: tl.constexpr, K: tl.constexpr, QUANTISED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """silu(score * gate) * score * up of BN alternating rows, for the columns that are `mine`: out [M, N / 2]."""
+    rows, pairs = row + tl.arange(0, BN), row // 2 + tl.arange(0, BN // 2)
+    acc = product(x, score, weight, rows, tokens, mine, 0, N, K, K, False, BN, BK, BM)
+    if QUANTISED:
+        scale = tl.load(x_scale + tokens, mine, other=0.0, cache_modifier=".cg")
+        acc *= tl.load(weight_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
+    acc = swiglu(acc * score[None, :], BN, BM)
+    at = tokens[None, :] * (N // 2) + pairs[:, None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), (pairs < N // 2)[:, None] & mine[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -90,69 +107,65 @@ def expert_gate_up_kernel(
     """silu(score * gate) * score * up of rows that alternate: out [2, M, N / 2], routed first; experts int32 [M].
 
     x [M, K]; if QUANTISED e4m3 with x_scale f32 [M], and with STATIC both twice: for the shared expert, then for the routed.
-    weight [X, N, K] with weight_scale f32 [X, N], shared [N, K] with shared_scale f32 [N].
+    weight [X, N, K] with weight_scale f32 [X, N], shared [N, K] with shared_scale f32 [N]. The shared expert, whose inputs the
+    router does not write, goes ahead while the router runs.
     """
-    trigger(PDL)
     row, slot = tl.program_id(0) * BN, tl.program_id(1)
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     if slot == 0:
         prefetch_rows(shared, row, K * size, K * size, BN, N, PDL)
-    wait(PDL)
-    own = 0
-    if slot > 0:
+        score = tl.full((BM,), 1.0, tl.float32)
+        for first in range(0, M, BM):
+            tokens = first + tl.arange(0, BM)
+            half = out + M * (N // 2)
+            activation(
+                x, x_scale, shared, shared_scale, half, row, tokens, tokens < M, score, N, K, QUANTISED, BN, BK, BM
+            )
+        wait(PDL)
+    else:
+        wait(PDL)
         own = tl.sum(choose(logits, forced, slot - 1 + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
-        shared = weight + own.to(tl.int64) * (N * K)
-        prefetch_rows(shared, row, K * size, K * size, BN, N, PDL)
-        shared_scale = weight_scale + own * N
+        weight += own.to(tl.int64) * (N * K)
+        prefetch_rows(weight, row, K * size, K * size, BN, N, PDL)
+        if row == 0:
+            tl.store(experts + slot - 1, own)
         if STATIC:
             x += M * K
             x_scale += M
-        if row == 0:
-            tl.store(experts + slot - 1, own)
-    out += tl.where(slot > 0, 0, M * (N // 2))
-    rows, pairs = row + tl.arange(0, BN), row // 2 + tl.arange(0, BN // 2)
-    earlier = 0
-    for first in range(0, M, BM):
-        tokens = first + tl.arange(0, BM)
-        mine = tokens < M
-        score = tl.full((BM,), 1.0, tl.float32)
-        if slot > 0:
+        earlier = 0
+        for first in range(0, M, BM):
+            tokens = first + tl.arange(0, BM)
             chosen, score = choose(logits, forced, tokens, M, X, XP, FORCED)
-            mine = mine & (chosen == own)
+            mine = (tokens < M) & (chosen == own)
             earlier += tl.sum((mine & (tokens < slot - 1)).to(tl.int32), 0)
-        if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
-            acc = product(x, score, shared, rows, tokens, mine, 0, N, K, K, False, BN, BK, BM)
-            if QUANTISED:
-                scale = tl.load(x_scale + tokens, mine, other=0.0)
-                acc *= tl.load(shared_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
-            acc = swiglu(acc * score[None, :], BN, BM).to(out.dtype.element_ty)
-            tl.store(out + tokens[None, :] * (N // 2) + pairs[:, None], acc, (pairs < N // 2)[:, None] & mine[None, :])
+            if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
+                scales = weight_scale + own * N
+                activation(x, x_scale, weight, scales, out, row, tokens, mine, score, N, K, QUANTISED, BN, BK, BM)
 
 
 @triton.jit(do_not_specialize=["M"])
 def expert_down_kernel(
-    x, experts, input_scale, shared_input_scale, weight, weight_scale, shared, shared_scale, out, M,
-    N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, INPUT: tl.constexpr,
+    x, logits, forced, experts, input_scale, shared_input_scale, weight, weight_scale, shared, shared_scale, out, M,
+    N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
+    INPUT: tl.constexpr, FORCED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [2, M, K] times weight [X, N, K] of each token's expert and shared [N, K]: out f32 [2 S, M, N] partial sums.
 
-    INPUT: "plain" (weights' dtype), "static" or "dynamic" (rounded to e4m3 here). Routed parts come first.
+    INPUT: "plain" (weights' dtype), "static" or "dynamic" (rounded to e4m3 here). Routed parts come first. The logits are older
+    than the kernel before, so that the expert's rows can be asked for while that one runs.
     """
-    trigger(PDL)
     row, part, slot = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     span: tl.constexpr = K // S
-    if slot == 0:
-        prefetch_rows(shared + part * span, row, K * size, span * size, BN, N, PDL)
-    wait(PDL)
     own = 0
     if slot > 0:
-        own = tl.load(experts + slot - 1)
+        own = tl.sum(choose(logits, forced, slot - 1 + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
         shared = weight + own.to(tl.int64) * (N * K)
-        prefetch_rows(shared + part * span, row, K * size, span * size, BN, N, PDL)
         shared_scale = weight_scale + own * N
         shared_input_scale = input_scale
+    prefetch_rows(shared + part * span, row, K * size, span * size, BN, N, PDL)
+    wait(PDL)
     x += tl.where(slot > 0, 0, M * K)
     out += (tl.where(slot > 0, 0, S) + part) * M * N
     rows = row + tl.arange(0, BN)
@@ -182,8 +195,7 @@ def interleave(weight: Weight) -> Weight:
 
 
 def _alternate(rows: Tensor, dim: int) -> Tensor:
-    gate, up = rows.chunk(2, dim)
-    return torch.stack([gate, up], dim).transpose(dim - 1, dim).reshape(rows.shape)
+    return torch.stack(rows.chunk(2, dim), dim).reshape(rows.shape)
 
 
 def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
@@ -196,11 +208,10 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
     (m, hidden), num_experts = x.shape, len(experts.router)
     h, quantised, scales = _normed(ops, x, norm, eps, experts, mode)
     logits = torch.empty((m, num_experts), device=x.device)
-    static = mode == "static"
     router_kernel[(num_experts, triton.cdiv(m, ROUTED))](
-        h, experts.router, logits, quantised[-1], scales[-1], _input_scale(gate_up, h), m,
-        X=num_experts, K=hidden, STATIC=static, BM=ROUTED, BLOCK=triton.next_power_of_2(hidden), num_warps=8,
-        **ops._launch(),
+        h, experts.router, logits, quantised[-1], scales[-1], _input_scale(gate_up, scales), m,
+        X=num_experts, K=hidden, STATIC=mode == "static", BM=ROUTED, BLOCK=triton.next_power_of_2(hidden), num_warps=8,
+        **ops.launch(),
     )  # fmt: skip
     rows = _data(gate_up).shape[1]
     inner = torch.empty((2, m, rows // 2), dtype=h.dtype, device=x.device)
@@ -210,22 +221,24 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
         h if mode == "plain" else quantised, scales, logits, chosen if experts.forced is None else experts.forced,
         _data(gate_up), _scale(gate_up), _data(experts.shared_gate_up), _scale(experts.shared_gate_up), chosen, inner, m,
         N=rows, K=hidden, X=num_experts, XP=triton.next_power_of_2(num_experts),
-        QUANTISED=mode != "plain", STATIC=static, FORCED=experts.forced is not None,
-        BN=t.BN, BK=t.BK, BM=TOKENS, **ops._launch(t),
+        QUANTISED=mode != "plain", STATIC=mode == "static", FORCED=experts.forced is not None,
+        BN=t.BN, BK=t.BK, BM=TOKENS, **ops.launch(t),
     )  # fmt: skip
-    ops.pending = (x, _down(ops, inner, chosen, experts, mode))
+    ops.pending = (x, _down(ops, inner, logits, chosen, experts, mode))
 
 
-def _down(ops: Any, inner: Tensor, chosen: Tensor, experts: Experts, mode: str) -> Tensor:
+def _down(ops: Any, inner: Tensor, logits: Tensor, chosen: Tensor, experts: Experts, mode: str) -> Tensor:
     """Partial sums f32 [2 S, M, H] of inner [2, M, I]."""
-    (_, m, k), (_, n, _) = inner.shape, _data(experts.down).shape
+    (m, k), (num_experts, n, _) = inner.shape[1:], _data(experts.down).shape
     t = tile("expert_down", n, k, _data(experts.down).element_size())
     out = torch.empty((2 * t.splits, m, n), device=inner.device)
     expert_down_kernel[(triton.cdiv(n, t.BN), t.splits, m + 1)](
-        inner, chosen, _input_scale(experts.down, inner), _input_scale(experts.shared_down, inner),
+        inner, logits, chosen if experts.forced is None else experts.forced, chosen,
+        _input_scale(experts.down, logits), _input_scale(experts.shared_down, logits),
         _data(experts.down), _scale(experts.down), _data(experts.shared_down), _scale(experts.shared_down), out, m,
-        N=n, K=k, S=t.splits, INPUT=mode, BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256),
-        **ops._launch(t),
+        N=n, K=k, S=t.splits, X=num_experts, XP=triton.next_power_of_2(num_experts),
+        INPUT=mode, FORCED=experts.forced is not None,
+        BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256), **ops.launch(t),
     )  # fmt: skip
     return out
 
@@ -235,8 +248,48 @@ def _normed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised stream [M, H], and for FP8 weights its e4m3 [1 or 2, M, H] with scales f32 [1 or 2, M].
 
-    Static scales may differ between the shared expert, which comes first, and the routed ones, which the router rounds for.
+    Static scales may differ: the shared expert's part comes first, that of the routed ones is left to the router.
     """
-    (m, k), (pending, count) = x.shape, ops._pending(x)
+    (m, k), (pending, count) = x.shape, ops.pending_parts(x)
+    parts = 2 if mode == "static" else 1
     h = torch.empty((m, k), dtype=experts.router.dtype, device=x.device)
-    parts = {"plain": 0, "dynamic": 1, "static": 2}[mode]
+    quantised = torch.empty((parts, m, k), dtype=FP8, device=x.device)
+    scales = torch.empty((parts, m), device=x.device)
+    add_norm_kernel[(m,)](
+        x, pending, norm, h, scales, quantised, scales, _input_scale(experts.shared_gate_up, scales), m, eps,
+        K=k, P=count, PLAIN="normed", QUANTISE="no" if mode == "plain" else mode, BLOCK=triton.next_power_of_2(k),
+        num_warps=8, **ops.launch(),
+    )  # fmt: skip
+    return h, quantised, scales
+
+
+def _mode(experts: Experts) -> str:
+    """How inputs are rounded: "plain" (not at all), "static" or "dynamic"."""
+    modes = set()
+    for weight in (experts.gate_up, experts.down, experts.shared_gate_up, experts.shared_down):
+        if isinstance(weight, Tensor):
+            modes.add("plain")
+        else:
+            modes.add("dynamic" if weight.input_scale is None else "static")
+    if len(modes) > 1:
+        found = " and ".join(sorted(modes))
+        raise ValueError(
+            f"the experts of one layer take {found} inputs: keep all their weights in FP8 or none, and give all or none "
+            "of them an input scale"
+        )
+    return modes.pop()
+
+
+def _data(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.data
+
+
+def _scale(weight: Weight) -> Tensor:
+    """Scales of the rows; for a plain weight something that is never read."""
+    return weight if isinstance(weight, Tensor) else weight.scale
+
+
+def _input_scale(weight: Weight, otherwise: Tensor) -> Tensor:
+    """The static scale of the inputs, or something that is never read."""
+    found = None if isinstance(weight, Tensor) else weight.input_scale
+    return otherwise if found is None else found

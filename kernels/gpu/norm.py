@@ -6,19 +6,19 @@ import triton
 import triton.language as tl
 
 from specdec.kernels.gpu.linear import MIN_SCALE, pending_sum, to_fp8
-from specdec.kernels.gpu.pdl import trigger, wait
+from specdec.kernels.gpu.pdl import wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def add_norm_kernel(
-    x, pending, norm, plain, quantised, scales, input_scale, M, eps,
+    x, pending, norm, plain, squares, quantised, scales, input_scale, M, eps,
     K: tl.constexpr, P: tl.constexpr, PLAIN: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x f32 [M, K] += pending f32 [P, M, K]; RMSNorm of it as bf16 (PLAIN) and as e4m3 with a scale a token (QUANTISE).
+    """x f32 [M, K] += pending f32 [P, M, K], and what the next product wants of it. A program owns a token.
 
-    A program owns a token. QUANTISE: "no", "static" (the checkpoint's scale) or "dynamic" (largest magnitude / 448).
+    PLAIN "normed": RMSNorm in the compute dtype; "raw": x * norm, with the sum of squares f32 [M] for whoever scales later; or
+    "no". QUANTISE: RMSNorm as e4m3, "static" by the checkpoint's scale or "dynamic" by largest magnitude / 448; or "no".
     """
-    trigger(PDL)
     token = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < K
@@ -28,23 +28,44 @@ def add_norm_kernel(
     h = pending_sum(x, pending, at, mask, M, K, P)
     if P > 0:
         tl.store(x + at, h, mask)
-    h *= tl.rsqrt(tl.sum(h * h, 0) / K + eps)
-    h = (h * weight).to(plain.dtype.element_ty).to(tl.float32)
-    if PLAIN:
+    total = tl.sum(h * h, 0)
+    h *= weight
+    if PLAIN == "raw":
         tl.store(plain + at, h.to(plain.dtype.element_ty), mask)
-    if QUANTISE != "no":
+        tl.store(squares + token, total)
+    else:
+        h = (h * tl.rsqrt(total / K + eps)).to(plain.dtype.element_ty).to(tl.float32)
+        if PLAIN == "normed":
+            tl.store(plain + at, h.to(plain.dtype.element_ty), mask)
         if QUANTISE == "static":
             scale = tl.load(input_scale)
         else:
             scale = tl.maximum(tl.max(tl.abs(h), 0) / 448.0, MIN_SCALE)
-        tl.store(quantised + at, to_fp8(h / scale), mask)
-        tl.store(scales + token, scale)
+        if QUANTISE != "no":
+            tl.store(quantised + at, to_fp8(h / scale), mask)
+            tl.store(scales + token, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
+def embed_kernel(
+    tokens, table, norm, x, ready, squares, M, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Rows of the embedding table [V, K] as the stream f32 [M, K], and as the first product takes it ("raw" above)."""
+    token = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < K
+    weight = tl.load(norm + cols, mask, other=0.0)
+    wait(PDL)
+    row = tl.load(tokens + token)
+    h = tl.load(table + row * K + cols, mask, other=0.0).to(tl.float32)
+    tl.store(x + token * K + cols, h, mask)
+    tl.store(ready + token * K + cols, (h * weight).to(ready.dtype.element_ty), mask)
+    tl.store(squares + token, tl.sum(h * h, 0))
+
+
+@triton.jit(do_not_specialize=["size", "stride"])
 def add_kernel(x, pending, size, stride, P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """x f32 [size] += pending f32 [P, stride], in order: for whoever reads the stream itself."""
-    trigger(PDL)
     wait(PDL)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size

@@ -8,6 +8,7 @@ elsewhere calls `flush` first.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,26 @@ import triton
 from torch import Tensor
 
 from specdec.kernels import reference
-from specdec.kernels.gpu.attention import ROWS, attention_kernel
-from specdec.kernels.gpu.linear import TOKENS, linear_kernel, norm_linear_kernel
-from specdec.kernels.gpu.norm import add_kernel, add_norm_kernel
+from specdec.kernels.gpu.attention import attention
+from specdec.kernels.gpu.linear import TOKENS, burst_kernel, linear_kernel
+from specdec.kernels.gpu.moe import interleave, moe
+from specdec.kernels.gpu.norm import add_kernel, add_norm_kernel, embed_kernel
 from specdec.kernels.gpu.table import Tile, tile
-from specdec.kernels.reference import AttentionRule, Fp8Weight, Weight
+from specdec.kernels.reference import AttentionRule, Experts, Fp8Weight, Weight
 from specdec.types import ModelInputs
 
 TOKENS_EXACT = 64
-SPLIT, BLOCK = 128, 64  # positions an attention program sees, and takes at a time
+BURST = 2048  # inputs up to which a program loads its weights in one go
+
+
+@dataclass(slots=True, eq=False)
+class Ready:
+    """A stream as its next product takes it: times the norm's weight, its RMSNorm's factor left to the product."""
+
+    stream: Tensor
+    norm: Tensor
+    value: Tensor  # compute dtype [M, K]
+    squares: Tensor  # f32 [parts, 64], which sum to the squares of each token's stream
 
 
 class Ops:
@@ -38,34 +50,43 @@ class Ops:
         self.pdl = hopper
         self.device = device
         self.pending: tuple[Tensor, Tensor] | None = None  # a stream, and what it lacks: f32 [P, M, K]
+        self.ready: Ready | None = None
         self.arrived = torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
     def pack(self, weight: Weight, swiglu: bool = False) -> Weight:
         """Weights [N, K]; gate and up rows alternate, so that a program holds pairs."""
-        if not swiglu:
-            return weight
-        if isinstance(weight, Fp8Weight):
-            scale = _alternate(weight.scale)
-            return Fp8Weight(
-                _alternate(weight.data.view(torch.uint8)).view(weight.data.dtype), scale, weight.input_scale
-            )
-        return _alternate(weight)
+        return interleave(weight) if swiglu else weight
+
+    def embed(self, tokens: Tensor, table: Tensor, norm: Tensor) -> Tensor:
+        """Rows of the table [V, K] as the stream f32 [M, K]; tokens int64 [M]. norm: what the stream meets first."""
+        m, k = len(tokens), table.shape[1]
+        if m > TOKENS_EXACT:
+            return table[tokens].float()
+        x = torch.empty((m, k), device=table.device)
+        ready = self.ready = Ready(x, norm, torch.empty_like(x, dtype=table.dtype), x.new_empty((1, TOKENS_EXACT)))
+        block = triton.next_power_of_2(k)
+        embed_kernel[(m,)](
+            tokens, table, norm, x, ready.value, ready.squares, m, K=k, BLOCK=block,
+            num_warps=8 if k > 1024 else 4, **self.launch(),
+        )  # fmt: skip
+        return x
 
     # ---- the stream --------------------------------------------------------------------------------------------------
 
     def flush(self, x: Tensor) -> None:
         """Add what is pending to the stream x f32 [M, K]."""
-        pending, parts = self._pending(x)
+        pending, parts = self.pending_parts(x)
         if parts:
             size = x.numel()
-            add_kernel[(triton.cdiv(size, 1024),)](x, pending, size, size, P=parts, BLOCK=1024, **self._launch())
+            add_kernel[(triton.cdiv(size, 1024),)](x, pending, size, size, P=parts, BLOCK=1024, **self.launch())
         self.pending = None
 
-    def _launch(self, t: Tile | None = None) -> dict[str, Any]:
+    def launch(self, t: Tile | None = None) -> dict[str, Any]:
+        """What every kernel of the chain is launched with."""
         options = {**self.options, "PDL": self.pdl, "enable_fp_fusion": False}
         return options if t is None else {**options, "num_warps": t.warps, "num_stages": t.stages}
 
-    def _pending(self, x: Tensor) -> tuple[Tensor, int]:
+    def pending_parts(self, x: Tensor) -> tuple[Tensor, int]:
         """Partial sums that this stream still lacks and their number; those of a stream given up are forgotten."""
         if self.pending is None or self.pending[0] is not x:
             return x, 0
@@ -82,19 +103,31 @@ class Ops:
     def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
         """RMSNorm, gate and up products, silu(gate) * up: f32 [M, K] -> compute dtype [M, N/2]."""
         if len(x) > TOKENS_EXACT:
-            gate, up = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2)).unbind(-1)
-            return (F.silu(gate) * up).to(reference.compute_dtype(weight))
+            pairs = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2))
+            product: Tensor = F.silu(pairs[..., 0]) * pairs[..., 1]
+            return product.to(reference.compute_dtype(weight))
         return self._norm_product(x, norm, eps, weight, swiglu=True)
 
-    def add_linear(self, residual: Tensor, x: Tensor, weight: Weight) -> None:
-        """residual f32 [M, N] += x [M, K] @ weight.T; some of it may stay pending."""
+    def add_linear(self, residual: Tensor, x: Tensor, weight: Weight, norm: Tensor | None = None) -> None:
+        """residual f32 [M, N] += x [M, K] @ weight.T; some of it may stay pending. norm: what the stream meets next."""
+        self.ready = None
         if len(x) > TOKENS_EXACT:
             self.flush(residual)
             residual += _product(x, weight)
             return
-        (n, k), (pending, count) = _shape(weight), self._pending(residual)
+        (n, k), m = _shape(weight), len(x)
+        if isinstance(weight, Tensor) and k <= BURST:
+            t = tile("burst", n, k, weight.element_size())
+            self.flush(residual)
+            if norm is not None:
+                value = torch.empty((m, n), dtype=weight.dtype, device=x.device)
+                squares = torch.empty((triton.cdiv(n, t.BN), TOKENS_EXACT), device=x.device)
+                self.ready = Ready(residual, norm, value, squares)
+            self._burst(x, None, weight, residual, self.ready, 0.0, t, swiglu=False)
+            return
+        pending, count = self.pending_parts(residual)
         t = tile("add", n, k, _data(weight).element_size())
-        out = torch.empty((t.splits, len(x), n), device=x.device) if t.splits > 1 else residual
+        out = torch.empty((t.splits, m, n), device=x.device) if t.splits > 1 else residual
         self._linear(x, None, weight, residual, pending, out, count, t, swiglu=False, add=True)
         self.pending = (residual, out) if t.splits > 1 else None
 
@@ -103,33 +136,69 @@ class Ops:
         kind, width = ("swiglu", n // 2) if swiglu else ("norm", n)
         dtype = reference.compute_dtype(weight) if swiglu else torch.float32
         out = torch.empty((m, width), dtype=dtype, device=x.device)
+        if isinstance(weight, Tensor) and k <= BURST:
+            ready = self.ready
+            if ready is None or ready.stream is not x or ready.norm is not norm:
+                ready = self.ready = self._prepared(x, norm, eps, weight.dtype)
+            t = tile("burst", n, k, weight.element_size())
+            self._burst(ready.value, ready.squares, weight, out, None, eps, t, swiglu=swiglu)
+            return out
         t = tile(kind, n, k, _data(weight).element_size())
         if isinstance(weight, Fp8Weight):
             _, h, scale = self._normed(x, norm, eps, weight.input_scale)
-            self._linear(h, scale, weight, x, x, out, 0, t, swiglu=swiglu, add=False)
-            return out
-        pending, count = self._pending(x)
-        norm_linear_kernel[(triton.cdiv(n, t.BN), triton.cdiv(m, TOKENS))](
-            x, pending, norm, weight, out, m, eps,
-            N=n, K=k, P=count, SWIGLU=swiglu, BN=t.BN, BK=t.BK, BM=TOKENS, **self._launch(t),
-        )  # fmt: skip
+        else:
+            h, scale = self._normed(x, norm, eps, None, plain=weight.dtype, quantise=False)[0], None
+        self._linear(h, scale, weight, x, x, out, 0, t, swiglu=swiglu, add=False)
         return out
 
+    def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
+        ready = Ready(
+            x, norm, torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty((1, TOKENS_EXACT), device=x.device)
+        )
+        self._add_norm(x, norm, eps, ready.value, ready.squares, x, x, x, "raw", "no")
+        return ready
+
     def _normed(
-        self, x: Tensor, norm: Tensor, eps: float, input_scale: Tensor | None, plain: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised stream as bf16 (if `plain`) and as e4m3 with its scales; nothing is pending afterwards."""
-        (m, k), (pending, count) = x.shape, self._pending(x)
-        h = torch.empty((m, k) if plain else (1,), dtype=torch.bfloat16, device=x.device)
-        quantised = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=x.device)
-        scale = torch.empty(m, device=x.device)
-        mode = "dynamic" if input_scale is None else "static"
+        self, x: Tensor, norm: Tensor, eps: float, input_scale: Tensor | None,
+        plain: torch.dtype | None = None, quantise: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The normalised stream in a `plain` dtype and, to `quantise`, as e4m3 with its scales; nothing stays pending."""
+        shape = x.shape if plain is not None else (1,)
+        h = torch.empty(shape, dtype=plain or torch.bfloat16, device=x.device)
+        quantised = torch.empty(x.shape if quantise else (1,), dtype=torch.float8_e4m3fn, device=x.device)
+        scale = torch.empty(len(x), device=x.device)
+        mode = "no" if not quantise else "dynamic" if input_scale is None else "static"
+        static = scale if input_scale is None else input_scale
+        self._add_norm(x, norm, eps, h, x, quantised, scale, static, "no" if plain is None else "normed", mode)
+        return h, quantised, scale
+
+    def _add_norm(
+        self, x: Tensor, norm: Tensor, eps: float, plain: Tensor, squares: Tensor, quantised: Tensor, scale: Tensor,
+        input_scale: Tensor, mode: str, quantise: str,
+    ) -> None:  # fmt: skip
+        (m, k), (pending, count) = x.shape, self.pending_parts(x)
         add_norm_kernel[(m,)](
-            x, pending, norm, h, quantised, scale, scale if input_scale is None else input_scale, m, eps,
-            K=k, P=count, PLAIN=plain, QUANTISE=mode, BLOCK=triton.next_power_of_2(k), num_warps=8, **self._launch(),
+            x, pending, norm, plain, squares, quantised, scale, input_scale, m, eps,
+            K=k, P=count, PLAIN=mode, QUANTISE=quantise, BLOCK=triton.next_power_of_2(k),
+            num_warps=8 if k > 1024 else 4, **self.launch(),
         )  # fmt: skip
         self.pending = None
-        return h, quantised, scale
+
+    def _burst(
+        self, x: Tensor, squares: Tensor | None, weight: Tensor, out: Tensor, ready: Ready | None, eps: float, t: Tile,
+        swiglu: bool,
+    ) -> None:  # fmt: skip
+        (n, k), m, unused = _shape(weight), len(x), weight
+        first = min(1 << (k.bit_length() - 1), BURST)
+        rest = 0 if k == first else max(triton.next_power_of_2(k - first), 16 * t.warps)
+        burst_kernel[(triton.cdiv(n, t.BN), triton.cdiv(m, TOKENS))](
+            x, unused if squares is None else squares, weight, out, out,
+            unused if ready is None else ready.value, unused if ready is None else ready.norm,
+            unused if ready is None else ready.squares, m, eps,
+            N=n, K=k, PARTS=0 if squares is None else len(squares), SWIGLU=swiglu,
+            ADD=squares is None, READY=ready is not None,
+            BN=t.BN, K0=max(first, 16 * t.warps), K1=rest, WAYS=t.warps, BM=TOKENS, **self.launch(t),
+        )  # fmt: skip
 
     def _linear(
         self, x: Tensor, scale: Tensor | None, weight: Weight, stream: Tensor, pending: Tensor, out: Tensor,
@@ -144,14 +213,14 @@ class Ops:
         linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, TOKENS))](
             x, x if scale is None else scale, input_scale, data, weight_scale, stream, pending, out, m,
             N=n, K=k, P=count, S=t.splits, INPUT=mode, SWIGLU=swiglu, ADD=add,
-            BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256), **self._launch(t),
+            BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256), **self.launch(t),
         )  # fmt: skip
 
     def _long(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
         self.flush(x)
         return _product(reference.rms_norm(x, norm, eps).to(reference.compute_dtype(weight)), weight)
 
-    # ---- attention ---------------------------------------------------------------------------------------------------
+    # ---- the rest ----------------------------------------------------------------------------------------------------
 
     def attention(
         self,
@@ -164,31 +233,16 @@ class Ops:
         rule: AttentionRule,
     ) -> Tensor:
         """Rotary embedding, KV append and attention: qkv f32 [M, (H+2G)*E] -> [M, H*E]; cache [B, G, S, E]."""
-        batch, tokens = inputs.tokens.shape
-        _, groups, slots, size = keys.shape
-        heads = qkv.shape[-1] // size - 2 * groups
-        tree = inputs.paths is not None
-        per_program = 1 if tree else max(1, ROWS // triton.next_power_of_2(heads // groups))
-        grid = triton.cdiv(slots, SPLIT), groups, batch * triton.cdiv(tokens, per_program)
-        assert grid[1] * grid[2] <= len(self.arrived), "more groups of splits than counters"
-        programs = grid[0] * grid[1] * grid[2]
-        sums = torch.empty((programs, ROWS, size), device=qkv.device)
-        weights = torch.empty((programs, 2, ROWS), device=qkv.device)
-        dtype = keys.dtype if keys.dtype.itemsize > 1 else torch.bfloat16
-        out = torch.empty((batch * tokens, heads * size), dtype=dtype, device=qkv.device)
-        norm = "unit" if rule.unit_norm and rule.rope else "none" if rule.q_norm is None else "weighted"
-        paths = inputs.paths.contiguous() if inputs.paths is not None else inputs.prefix_lens
-        attention_kernel[grid](
-            qkv, keys, values, inputs.positions.contiguous(), inputs.prefix_lens, paths, cos, sin,
-            cos if rule.q_norm is None else rule.q_norm, cos if rule.k_norm is None else rule.k_norm,
-            sums, weights, self.arrived, out,
-            tokens, slots, inputs.offset, paths.shape[-1], batch * tokens * qkv.shape[-1], size**-0.5, rule.eps,
-            rule.chunk, rule.temperature_scale, rule.temperature_floor,
-            H=heads, G=groups, E=size, S=1 if qkv.dim() == 2 else qkv.shape[0], TILE=per_program,
-            SPLIT=SPLIT, BLOCK=BLOCK, TREE=tree, ROPE=rule.rope, NORM=norm,
-            CHUNK=rule.chunk > 0, TEMPERATURE=rule.temperature_scale > 0, num_stages=2, **self._launch(),
-        )  # fmt: skip
-        return out
+        return attention(self, qkv, keys, values, inputs, cos, sin, rule)
+
+    def add_moe(self, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
+        """x f32 [M, H] += the mixture of experts of RMSNorm(x); it stays pending."""
+        self.ready = None
+        for first in range(0, len(x), TOKENS_EXACT):
+            part = x if len(x) <= TOKENS_EXACT else x[first : first + TOKENS_EXACT]
+            moe(self, part, norm, eps, experts)
+            if part is not x:
+                self.flush(part)
 
     def Replay(self) -> Replay:  # noqa: N802
         """Launches are recorded by CUDA graphs, a whole step at a time."""
@@ -203,11 +257,6 @@ class Replay:
     ) -> Tensor:
         stretch(x, inputs)
         return x
-
-
-def _alternate(rows: Tensor) -> Tensor:
-    """[gate; up] -> gate 0, up 0, gate 1, ... along the first dimension."""
-    return torch.stack(rows.chunk(2, 0), 1).flatten(0, 1).contiguous()
 
 
 def _data(weight: Weight) -> Tensor:

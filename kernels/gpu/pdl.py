@@ -1,7 +1,7 @@
-"""Programmatic dependent launch: a kernel starts while its predecessor still runs, warms the L2, and then waits for it.
+"""Programmatic dependent launch: a kernel starts while its predecessor still runs, loads weights, and then waits for it.
 
-Every kernel of a chain calls `trigger` first and `wait` before it touches anything another kernel wrote. Because every one
-waits, completion is transitive: whoever has waited sees all that was launched before. Prefetches need no ordering.
+Every kernel of a chain waits, and only then lets the next one start. So when a kernel starts, all before its immediate
+predecessor have finished: before `wait` it may read anything that the kernel just before it does not write.
 """
 
 from __future__ import annotations
@@ -10,21 +10,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-__all__ = ["prefetch_rows", "trigger", "wait"]
-
-
-@triton.jit
-def trigger(PDL: tl.constexpr):
-    """Let the next kernel start now."""
-    if PDL:
-        cuda.gdc_launch_dependents()
+__all__ = ["prefetch_rows", "wait"]
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Until every kernel launched before has finished and its writes are visible."""
+    """Until the kernel before has finished and its writes are visible; then the next one may start."""
     if PDL:
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.decoding.chat import Prompt, TextStream, encode_all
 from specdec.decoding.graph import GraphedStep
-from specdec.decoding.params import SamplingParams, check_pair
+from specdec.decoding.params import SamplingParams, check_pair, needs_whole_logits
 from specdec.decoding.reader import StepReader, finish_reason, note_step
 from specdec.decoding.state import RECORD_FIELDS, DecodeState
 from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
@@ -87,8 +87,11 @@ class SpeculativeDecoder:
             tree = tree.trim(widest_row(tree))
         proposed = perf_counter()
         output = self.target.verify(tree)
+        if output.vocabulary is not None and needs_whole_logits(self.drafter, self.verifier, state.sampling):
+            output = output.whole()
         verified = perf_counter()
-        acceptance = self.verifier.accept(tree, output.logits, state.sampling)
+        sampling = replace(state.sampling, vocabulary=output.vocabulary) if output.vocabulary else state.sampling
+        acceptance = self.verifier.accept(tree, output.logits, sampling)
         acceptance.num_accepted = torch.where(state.running, acceptance.num_accepted, -1)
         self.target.commit(acceptance)
         self.drafter.observe(tree, output, acceptance)

@@ -41,6 +41,12 @@ class SamplingParams:
         )
 
 
+def needs_whole_logits(drafter: Drafter, verifier: Verifier, sampling: Sampling) -> bool:
+    """Whether more of the logits is looked at than which token is chosen, so that no part of the vocabulary will do."""
+    observes = type(drafter).observe is not Drafter.observe
+    return verifier.reads_logits or observes or sampling.mode == "warped"
+
+
 def check_pair(drafter: Drafter, verifier: Verifier) -> None:
     """ValueError where a verifier cannot judge what a drafter proposes: says what each needs and offers."""
     names = type(drafter).__name__, type(verifier).__name__

@@ -142,6 +142,7 @@ class DecoderLayer(nn.Module):
         """Fuse q, k, v and gate, up, hand the weights to the backend's format, and let the originals go."""
         self.ops = ops
         self.norms = self.input_layernorm.weight.data, self.post_attention_layernorm.weight.data
+        self.next_norm: Tensor | None = None  # of the layer behind, or the final one
         attn = self.self_attn
         q, k = (pair_halves(projection.value(), self.pair_size) for projection in (attn.q_proj, attn.k_proj))
         self.qkv = ops.pack(stack([q, k, attn.v_proj.value()]))
@@ -163,9 +164,9 @@ class DecoderLayer(nn.Module):
         """Advance the residual stream x f32 [M, hidden] in place, and write this forward's K/V."""
         ops = self.ops
         qkv = ops.norm_linear(x, self.norms[0], self.eps, self.qkv)
-        ops.add_linear(x, ops.attention(qkv, keys, values, inputs, cos, sin, self.rule), self.o)
+        ops.add_linear(x, ops.attention(qkv, keys, values, inputs, cos, sin, self.rule), self.o, self.norms[1])
         if self.experts is None:
-            ops.add_linear(x, ops.norm_swiglu(x, self.norms[1], self.eps, self.gate_up), self.down)
+            ops.add_linear(x, ops.norm_swiglu(x, self.norms[1], self.eps, self.gate_up), self.down, self.next_norm)
         else:
             ops.add_moe(x, self.norms[1], self.eps, self.experts)
 

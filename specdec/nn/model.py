@@ -67,6 +67,8 @@ class DecoderModel(nn.Module):
         for layer in self.layers:
             layer.pack(ops)
         self.norm = self.model.norm.weight.data
+        for layer, norm in zip(self.layers, [*(layer.norms[0] for layer in self.layers[1:]), self.norm], strict=True):
+            layer.next_norm = norm
         self.set_positions(256)
         if not tied:
             del self.lm_head
@@ -83,7 +85,7 @@ class DecoderModel(nn.Module):
 
         `layers`: only the first so many (an early exit).
         """
-        x = self.embedding[inputs.tokens.reshape(-1)].float()
+        x = self.ops.embed(inputs.tokens.reshape(-1), self.embedding, self.layers[0].norms[0])
         count = len(self.layers) if layers is None else layers
         tapped: dict[int | str, Tensor] = {}
         start = 0

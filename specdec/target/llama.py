@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from specdec.nn import KVCache, ModelConfig, Shard
 from specdec.target.checkpoint import Named
 from specdec.target.loading import make_model, open_source, parse_shard
 from specdec.target.memory import check_cache
-from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput
+from specdec.target.ranks import Ranks, join
+from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,7 +26,8 @@ class Llama:
 
     With the native backend a token's logits do not depend on what shares its forward: chain or tree, any batch row, any
     number of tokens. quantize: "auto" as the checkpoint is, "fp8" while loading, "none" multiplied out. weights: "checkpoint",
-    or "random" of the checkpoint's or a preset's sizes. shard: "0/8" is the part of rank 0 of 8, by itself.
+    or "random" of the checkpoint's or a preset's sizes. Processes that torchrun started share one model; shard: "0/8" is the
+    part of rank 0 of 8, by itself, and "0/1" the whole model in every process.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Llama:
         preset: str | None = None,
         seed: int = 0,
     ) -> None:
-        part = parse_shard(shard)
+        part = None if shard is None else parse_shard(shard)
         source = open_source(checkpoint, preset, quantize, weights)
         options = dtype, device, backend, prefill_chunk, threads
         self._build(source.config, source.tensors, *options, quantized=source.quantized, shard=part, seed=seed)
@@ -62,7 +65,7 @@ class Llama:
         shard: Shard | None = None,
         seed: int = 0,
     ) -> None:
-        """tensors None = random ones."""
+        """tensors None = random ones; shard None = this process's among those started together."""
         if dtype not in DTYPES:
             raise ValueError(f"target.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
         if prefill_chunk < 1:
@@ -70,20 +73,31 @@ class Llama:
         if threads is not None:
             torch.set_num_threads(threads)
         self.config = config
-        self.shard = shard or Shard()
+        self.ranks = join() if shard is None else None
+        self.shard = shard or (Shard(self.ranks.rank, self.ranks.world) if self.ranks else Shard())
         self.device = choose_device(device)
-        self.backend = choose_backend(backend, self.device, config, quantized or self.shard.world > 1)
+        if self.ranks:
+            self.device = self.ranks.place(self.device)
+        special = quantized or self.shard.world > 1
+        self.backend = choose_backend(backend, self.device, config, special, self.ranks is not None)
         self.graphable = self.device.type == "cuda"
         self.prefill_chunk = prefill_chunk
         model = make_model(config, tensors, DTYPES[dtype], self.device, quantized, self.shard, seed)
         self.embed = model.model.embed_tokens.weight.data
-        self.lm_head = self.embed if config.tie_word_embeddings else model.lm_head.weight.data
-        model.pack(operations(self.backend, self.device))
+        self._head = self.embed if config.tie_word_embeddings else model.lm_head.weight.data
+        model.pack(operations(self.backend, self.device, self.ranks))
         self.model = model
         self.checkpoint = None
         self.tokenizer = None
         self.lengths = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.cache: KVCache | None = None
+
+    @cached_property
+    def lm_head(self) -> Tensor:
+        """[V, hidden]; ranks that share it gather it when it is first asked for, so each must ask."""
+        if self.ranks is None or self.config.tie_word_embeddings:
+            return self._head
+        return self.ranks.gather(self._head).flatten(0, 1)
 
     def allocate(self, batch_size: int, max_len: int, num_nodes: int, features: Sequence[int | str] = ()) -> None:
         """Make room for rows of max_len tokens; an earlier cache is used again where it is large enough."""
@@ -133,17 +147,17 @@ class Llama:
             last[row] = x[-1]
         filled = lengths.to(self.device, torch.int32)
         self.lengths = torch.where(filled > 0, filled, self.lengths)
-        return ModelOutput(self.model.logits(last)[:, None], features)
+        return ModelOutput(self.model.logits(last)[:, None], features, self._vocabulary).whole()
 
     def verify(self, tree: DraftTree) -> ModelOutput:
-        """Root and drafts in one forward; a chain needs no path lists."""
+        """Root and drafts in one forward; a chain needs no path lists. The logits are this rank's part."""
         self._chain = tree.is_chain
         paths = None if tree.is_chain else tree.paths()
         if paths is None:
             depths = torch.arange(tree.tokens.shape[1], dtype=torch.int32, device=self.device)
         else:
             depths = (paths >= 0).sum(-1, dtype=torch.int32) - 1
-        return self.forward(ModelInputs(tree.tokens, self.lengths[:, None] + depths, self.lengths, paths))
+        return self._run(ModelInputs(tree.tokens, self.lengths[:, None] + depths, self.lengths, paths))
 
     def commit(self, acceptance: Acceptance) -> None:
         """A chain's accepted nodes lie where they belong already."""
@@ -154,11 +168,21 @@ class Llama:
 
     def forward(self, inputs: ModelInputs, layers: int | None = None) -> ModelOutput:
         """Logits and features of every token of `inputs`."""
+        return self._run(inputs, layers).whole()
+
+    def _run(self, inputs: ModelInputs, layers: int | None = None) -> ModelOutput:
         assert self.cache is not None, "allocate first"
         batch, tokens = inputs.tokens.shape
         x, features = self.model(inputs, self.cache, () if layers is not None else self.features, layers)
         logits = self.model.logits(x).view(batch, tokens, -1)
-        return ModelOutput(logits, None if features is None else features.view(batch, tokens, -1))
+        return ModelOutput(logits, None if features is None else features.view(batch, tokens, -1), self._vocabulary)
+
+    @property
+    def _vocabulary(self) -> Vocabulary | None:
+        """The tokens whose logits a forward gives, where other ranks have the others'."""
+        if self.ranks is None:
+            return None
+        return Vocabulary(self.ranks.rank * self.config.vocab_size // self.ranks.world, self.ranks.gather)
 
 
 def choose_device(device: str) -> torch.device:
@@ -170,14 +194,16 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_backend(backend: str, device: torch.device, config: ModelConfig, special: bool = False) -> str:
+def choose_backend(
+    backend: str, device: torch.device, config: ModelConfig, special: bool = False, shared: bool = False
+) -> str:
     """ "auto" is native where model and device allow it, torch elsewhere; asking for native must be possible.
 
-    special: FP8, or one rank's part.
+    special: FP8, or one rank's part. shared: several processes add up what they compute.
     """
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"target.backend={backend} is unknown; choose auto, native or torch")
-    misfit = _misfit(device, config, special)
+    misfit = "computes in one process" if shared else _misfit(device, config, special)
     if backend == "native" and misfit:
         raise ValueError(f"target.backend=native {misfit}: use target.backend=torch")
     return "torch" if backend == "torch" or misfit else "native"
@@ -204,8 +230,10 @@ def _misfit(device: torch.device, config: ModelConfig, special: bool) -> str:
     return ""
 
 
-def operations(backend: str, device: torch.device) -> Any:
+def operations(backend: str, device: torch.device, ranks: Ranks | None = None) -> Any:
     """What computes behind a backend's name; compiled kernels are imported only when asked for."""
+    if ranks is not None:
+        return reference.Parallel(ranks.sum)
     if backend == "torch":
         return reference
     if device.type == "cuda":

@@ -17,6 +17,7 @@ class Verifier(ABC):
     lossless: bool = True  # the emitted tokens have exactly the target's law
     coupled: bool = False  # sampled output equals plain sampled output of the same seed, token for token
     supports_trees: bool = True
+    reads_logits: bool = True  # False: accept sees them through `sampling.choose` alone, which takes one rank's part
     law: Law = "any"  # how siblings must have been drawn: "any" | "iid" | "distinct"
 
     @abstractmethod

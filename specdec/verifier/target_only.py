@@ -18,6 +18,7 @@ class TargetOnly(Verifier):
     """Keeps a draft when the target chooses it too: greedy, tree-greedy and sampling with deterministic drafts."""
 
     coupled = True
+    reads_logits = False
 
     def accept(self, tree: DraftTree, logits: Tensor, sampling: Sampling) -> Acceptance:
         """Walk down along the target's choices; the first of equal siblings stands for all."""
