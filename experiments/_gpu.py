@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -41,13 +42,13 @@ def clocked(function: Callable[[], object], repeats: int, device: torch.device) 
     wait(device)
     if device.type != "cuda":
         return [_host_seconds(function) for _ in range(repeats)]
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]  # type: ignore[no-untyped-call]
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin, end in marks:
-        begin.record()  # type: ignore[no-untyped-call]
+        begin.record()
         function()
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
     wait(device)
-    return [begin.elapsed_time(end) / 1e3 for begin, end in marks]  # type: ignore[no-untyped-call]
+    return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
 
 
 def _host_seconds(function: Callable[[], object]) -> float:
@@ -78,16 +79,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ceilings(device: torch.device, megabytes: int, size: int, repeats: int) -> dict[str, float]:
-    """Bytes/s of a sum over memory and of a copy (read and written bytes), FLOP/s of a bf16 product of `size`; best of repeats."""
+    """Bytes/s of a sum over memory and of a copy (reads and writes), FLOP/s of a bf16 product of `size`: best of repeats."""
     memory = torch.ones(megabytes * 2**18, device=device)
-    target = torch.empty_like(memory)
     read = min(clocked(memory.sum, repeats, device))
-    copy = min(clocked(lambda: target.copy_(memory), repeats, device))
-    read_bytes = memory.nbytes
-    del memory, target
+    copy = min(clocked(partial(torch.empty_like(memory).copy_, memory), repeats, device))
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    product = min(clocked(lambda: a @ b, repeats, device))
-    return {"read": read_bytes / read, "copy": 2 * read_bytes / copy, "matmul": 2 * size**3 / product}
+    product = min(clocked(partial(torch.matmul, a, b), repeats, device))
+    return {"read": memory.nbytes / read, "copy": 2 * memory.nbytes / copy, "matmul": 2 * size**3 / product}
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -109,13 +107,13 @@ def products(target: Any) -> list[tuple[str, int]]:
 
 
 def expert_bytes(target: Any, tokens: int) -> dict[str, int]:
-    """Bytes that the kernels of mixtures read in a forward whose routing is forced, by kernel: D routed experts and the shared."""
+    """Bytes that the kernels of mixtures read in a forward of forced routing, by kernel: D routed experts, the shared one."""
     total = {"router_kernel": 0, "expert_gate_up_kernel": 0, "expert_down_kernel": 0}
     for layer in target.model.layers:
         if (experts := layer.experts) is None:
             continue
         assert experts.forced is not None, "what the router chooses is not known here"
-        distinct = len(experts.forced[:tokens].unique())
+        distinct = len(set(experts.forced[:tokens].tolist()))
         total["router_kernel"] += experts.router.nbytes
         for kernel, routed, shared in (
             ("expert_gate_up_kernel", experts.gate_up, experts.shared_gate_up),
@@ -132,7 +130,7 @@ def kv_read(target: Any, context: int, batch: int = 1) -> int:
     token = 2 * keys.shape[2] * target.config.head_dim * keys.element_size()
     config: ModelConfig = target.config
     chunks = [config.attention_rule(i).chunk for i in range(config.num_layers)]
-    return batch * token * sum(context % chunk if chunk else context for chunk in chunks)
+    return int(batch * token * sum(context % chunk if chunk else context for chunk in chunks))
 
 
 def fill_cache(target: Any, context: int) -> None:
@@ -195,7 +193,7 @@ class Results:
         document = json.loads(self.json.read_text(encoding="utf-8"))
         self.markdown.write_text(self.render(document), encoding="utf-8")
 
-    def _earlier(self, setup: dict[str, Any]) -> list[dict[str, Any]]:
+    def _earlier(self, setup: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not self.json.is_file() or self.partial.is_file():
             return []
         document = json.loads(self.json.read_text(encoding="utf-8"))

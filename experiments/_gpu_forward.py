@@ -104,7 +104,8 @@ def _draft(text: Tensor, shape: str, tokens: int) -> tuple[DraftTree, list[int]]
         decoy_first = len(spine) % 2 == 1 and len(ids) + 1 < tokens
         above, first = spine[-1], len(ids)
         spine.append(first + decoy_first)
-        ids += [right + 1 if right == 0 else right - 1, right] if decoy_first else [right, max(right - 1, 0)]
+        decoy = right - 1 if right else 1
+        ids += [decoy, right] if decoy_first else [right, decoy]
         parents += [above, above]
     device = text.device
     tree = DraftTree(

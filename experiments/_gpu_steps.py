@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import torch
 from _gpu import spread, wait
 from _runtimes import digest
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from specdec.decoding import SpeculativeDecoder
@@ -53,15 +53,15 @@ class Timed(SpeculativeDecoder):
 
     @staticmethod
     def _mark() -> Any:
-        mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        mark.record()  # type: ignore[no-untyped-call]
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
         return mark
 
     def device_us(self) -> tuple[list[float], list[float]]:
         """us of each step on the device, and from each to the next, warm steps alone; empty without events."""
         marks = self.marks_on_device[WARM:]
         inside = [begin.elapsed_time(end) * 1e3 for begin, end in marks]
-        between = [a[1].elapsed_time(b[0]) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        between = [a[1].elapsed_time(b[0]) * 1e3 for a, b in pairwise(marks)]
         return inside, between
 
 
@@ -102,7 +102,7 @@ class Work:
 
 
 def profiled(decoder: Timed, prompt: Sequence[int], steps: int) -> list[Work]:
-    """What the device does in `steps` warm steps of one request, in the order of its beginnings; on the CPU torch's operators."""
+    """What the device does in `steps` warm steps of one request, ordered by beginning; on the CPU torch's operators."""
     device = decoder.target.lengths.device
     on_gpu = device.type == "cuda"
     new = (WARM + steps + 3) * (decoder.drafter.depth + 1)
@@ -115,8 +115,9 @@ def profiled(decoder: Timed, prompt: Sequence[int], steps: int) -> list[Work]:
             wait(device)
             recorder.stop()
             break
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    events = [e for e in recorder.events() if e.device_type == kind and e.cpu_parent is None]
+    kind = device.type
+    found: Any = recorder.events()  # type: ignore[no-untyped-call]
+    events = [e for e in found if e.device_type.name.lower() == kind and e.cpu_parent is None]
     return sorted((Work(e.name, e.time_range.start, e.time_range.end) for e in events), key=lambda work: work.begin)
 
 
@@ -178,7 +179,7 @@ def host_row(decoder: Timed, prompt: Sequence[int], new: int, steps: int) -> dic
     captures = decoder.captures
     decode(decoder, [prompt], new)
     wait(decoder.target.lengths.device)
-    launches = [(b - a) * 1e6 for a, b in zip(decoder.begins[WARM:], decoder.begins[WARM + 1 :], strict=False)]
+    launches = [(b - a) * 1e6 for a, b in pairwise(decoder.begins[WARM:])]
     inside, between = decoder.device_us()
     decoder.events = False
     works = profiled(decoder, prompt, steps)

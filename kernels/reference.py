@@ -72,6 +72,11 @@ def pack(weight: Weight, swiglu: bool = False) -> Weight:
     return weight
 
 
+def pack_heads(weight: Weight, size: int) -> Weight:
+    """Weights [heads * size, K] of queries, keys and values as `norm_attention` takes them."""
+    return weight
+
+
 def stack(parts: Sequence[Weight]) -> Weight:
     """Weights that share their input, one above the other: [..., N1 + N2 + ..., K]. Static input scales: the largest."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
@@ -236,6 +241,14 @@ def attention(
     return out.transpose(1, 2).reshape(batch * tokens, heads * size).to(keys.dtype)
 
 
+def norm_attention(
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
+    cos: Tensor, sin: Tensor, rule: AttentionRule,
+) -> Tensor:  # fmt: skip
+    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
+    return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
+
+
 class Replay:
     """Runs a stretch of operations on the residual stream in place; backends that can, record it and play it back."""
 
@@ -257,7 +270,8 @@ class Parallel:
     pack = staticmethod(pack)
     norm_linear = staticmethod(norm_linear)
     norm_swiglu = staticmethod(norm_swiglu)
-    attention = staticmethod(attention)
+    pack_heads = staticmethod(pack_heads)
+    norm_attention = staticmethod(norm_attention)
 
     def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """reduce: a partial sum f32 [M, N] -> the sum over all ranks, with the same bits on each."""

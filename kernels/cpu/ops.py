@@ -26,6 +26,11 @@ def pack(weight: Tensor, swiglu: bool = False) -> PackedLinear:
     return products.pack(weight, swiglu)
 
 
+def pack_heads(weight: Tensor, size: int) -> PackedLinear:
+    """Weights [heads * size, K] of queries, keys and values."""
+    return products.pack(weight, False)
+
+
 def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PackedLinear) -> Tensor:
     """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]."""
     return linear(x, weight, torch.empty(x.shape[0], weight.outputs), products.STORE, norm, eps)
@@ -53,6 +58,14 @@ def attention(
     _, groups, _, size = values.shape
     out = torch.empty(qkv.shape[0], qkv.shape[1] - 2 * groups * size, dtype=keys.dtype)
     return _attention(qkv, keys, values, inputs, cos, sin, rule.rope, out)
+
+
+def norm_attention(
+    x: Tensor, norm: Tensor, eps: float, weight: PackedLinear, keys: Tensor, values: Tensor, inputs: ModelInputs,
+    cos: Tensor, sin: Tensor, rule: AttentionRule,
+) -> Tensor:  # fmt: skip
+    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
+    return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
 
 
 class Replay:

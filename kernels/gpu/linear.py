@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from specdec.kernels.gpu.heads import halves, load_places, store_head
 from specdec.kernels.gpu.pdl import prefetch_rows, wait
 
 MIN_SCALE = tl.constexpr(2.0**-100)  # a token of zeros has a scale too
@@ -29,9 +30,17 @@ def pending_sum(x, pending, at, mask, M, K: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def swiglu(acc, BN: tl.constexpr, BM: tl.constexpr):
     """silu(gate) * up of interleaved rows: [BN, BM] -> [BN / 2, BM]."""
-    pairs = tl.permute(tl.reshape(acc, (BN // 2, 2, BM)), (0, 2, 1))
-    gate, up = tl.split(pairs)
+    gate, up = halves(acc, BN, BM)
     return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def store_swiglu(out, acc, row, tokens, M, N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """silu(gate) * up of the rows from `row` on: out [M, N / 2]."""
+    pairs = row // 2 + tl.arange(0, BN // 2)
+    at = tokens[None, :] * (N // 2) + pairs[:, None]
+    y = swiglu(acc, BN, BM).to(out.dtype.element_ty)
+    tl.store(out + at, y, (pairs < N // 2)[:, None] & (tokens < M)[None, :])
 
 
 @triton.jit
@@ -52,28 +61,31 @@ def input_piece(x, tokens, first, M, K, SIZE: tl.constexpr, WAYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def burst_kernel(
-    x, squares, weight, out, stream, ready, ready_norm, ready_squares, M, eps,
-    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr, READY: tl.constexpr,
+    x, squares, weight, extra, M, eps,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, USE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr,
     BN: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, WAYS: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times weight [N, K] where a program's weights fit its registers: loaded in one burst before the wait.
 
-    PARTS > 0: x lacks the factor of its RMSNorm, which follows from squares f32 [PARTS, ROOM]. SWIGLU: out [M, N / 2]. ADD: into
-    stream f32 [M, N]; with READY also as the next product wants it: stream * ready_norm in `ready`, each program's share of
-    its squares in ready_squares f32 [programs, ROOM]. Neither: out f32 [M, N]. K0 + K1 cover K; WAYS warps share it.
+    PARTS > 0: x lacks the factor of its RMSNorm, which follows from squares f32 [PARTS, ROOM]. K0 + K1 cover K; WAYS warps
+    share it. USE of the product, with `extra`: "store" (out f32 [M, N]); "swiglu" (out [M, N / 2]); "heads" (see heads.py);
+    "add" (stream f32 [M, N]); "ready" (stream; stream * norm as the next product wants it; norm f32 [N]; each program's
+    share of the stream's squares f32 [programs, ROOM]).
     """
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(0) * BN
+    rows = row + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     here = (tokens < M)[None, :]
-    width: tl.constexpr = N // 2 if SWIGLU else N
-    outputs = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2) if SWIGLU else rows
-    at = tokens[None, :] * width + outputs[:, None]
-    mask = (outputs < width)[:, None] & here
+    at = tokens[None, :] * N + rows[:, None]
+    mask = (rows < N)[:, None] & here
     w0 = weight_piece(weight, rows, 0, N, K, K0, WAYS)
     if K1 > 0:
         w1 = weight_piece(weight, rows, K0, N, K, K1, WAYS)
-    if READY:
-        gain = tl.load(ready_norm + rows, rows < N, other=0.0)
+    if USE == "heads":
+        c, s, factor, slot = load_places(extra, row, tokens, M, E, BN // 2, ROPE)
+    if USE == "ready":
+        gain = tl.load(extra[2] + rows, rows < N, other=0.0)
     wait(PDL)
     x0 = input_piece(x, tokens, 0, M, K, K0, WAYS)  # all loads first: each would cost its whole latency again
     if K1 > 0:
@@ -81,8 +93,8 @@ def burst_kernel(
     if PARTS > 0:
         part = tl.arange(0, triton.next_power_of_2(PARTS))
         found = tl.load(squares + part[:, None] * ROOM + tokens[None, :], (part < PARTS)[:, None] & here, other=0.0)
-    if ADD:
-        before = tl.load(stream + at, mask, other=0.0)
+    if USE == "add" or USE == "ready":
+        before = tl.load(extra[0] + at, mask, other=0.0)
     acc = tl.zeros((WAYS, BN, BM), dtype=tl.float32)
     acc = tl.dot(w0, x0, acc, input_precision="ieee")
     if K1 > 0:
@@ -90,16 +102,19 @@ def burst_kernel(
     y = tl.sum(acc, 0)
     if PARTS > 0:
         y *= tl.rsqrt(tl.sum(found, 0) / K + eps)[None, :]
-    if SWIGLU:
-        y = swiglu(y, BN, BM)
-    if ADD:
+    if USE == "store":
+        tl.store(extra[0] + at, y, mask)
+    if USE == "swiglu":
+        store_swiglu(extra[0], y, row, tokens, M, N, BN, BM)
+    if USE == "heads":
+        a, b = halves(y, BN, BM)
+        store_head(extra, a, b, c, s, factor, slot, row // E, row, tokens, M, H, G, E, BN // 2)
+    if USE == "add" or USE == "ready":
         y += before
-        tl.store(stream + at, y, mask)
-        if READY:
-            tl.store(ready + at, (y * gain[:, None]).to(ready.dtype.element_ty), mask)
-            tl.store(ready_squares + tl.program_id(0) * ROOM + tokens, tl.sum(y * y, 0), tokens < M)
-    else:
-        tl.store(out + at, y.to(out.dtype.element_ty), mask)
+        tl.store(extra[0] + at, y, mask)
+    if USE == "ready":
+        tl.store(extra[1] + at, (y * gain[:, None]).to(extra[1].dtype.element_ty), mask)
+        tl.store(extra[3] + tl.program_id(0) * ROOM + tokens, tl.sum(y * y, 0), tokens < M)
 
 
 @triton.jit
@@ -124,16 +139,16 @@ def to_fp8(x):
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    x, x_scale, input_scale, weight, weight_scale, stream, pending, out, M,
-    N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
-    INPUT: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr,
+    x, x_scale, input_scale, weight, weight_scale, extra, M,
+    N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, S: tl.constexpr, INPUT: tl.constexpr, USE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] times weight [N, K].
+    """x [M, K] times weight [N, K] with scale a row for e4m3, in turns of BK inputs.
 
     INPUT: "plain" (weights' dtype), "scaled" (e4m3 with x_scale f32 [M]), "static" or "dynamic" (rounded to e4m3 here).
-    SWIGLU: out bf16 [M, N / 2]. ADD: out f32 [S, M, N] partial sums for the residual stream, or with S = 1 straight into it;
-    the P partial sums still pending from before are added to the stream on the way. Neither: out f32 [S, M, N].
+    USE with `extra`: "store", "swiglu" and "heads" as in burst_kernel; "add" (stream f32 [M, N], pending f32 [P, M, N], out f32
+    [S, M, N]): pending sums go into the stream, and so does the product if S = 1; the parts of S > 1 are left in out.
     """
     row, part, first = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2) * BM
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
@@ -143,6 +158,8 @@ def linear_kernel(
     here = (tokens < M)[None, :]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     quantised: tl.constexpr = INPUT == "static" or INPUT == "dynamic"
+    if USE == "heads":
+        c, s, factor, slot = load_places(extra, row, tokens, M, E, BN // 2, ROPE)
     wait(PDL)
     if quantised:
         scale = token_scale(x, input_scale, tokens, M, K, BM, BQ, INPUT == "static")
@@ -158,17 +175,21 @@ def linear_kernel(
         acc = tl.dot(w, h, acc, input_precision="ieee")
     if INPUT != "plain":
         acc *= tl.load(weight_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
-    if SWIGLU:
-        acc = swiglu(acc, BN, BM)
-        rows = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
-    width: tl.constexpr = N // 2 if SWIGLU else N
-    at = tokens[None, :] * width + rows[:, None]
-    mask = (rows < width)[:, None] & here
-    if ADD and part == 0:
-        total = pending_sum(stream, pending, at, mask, M, N, P)
-        if S == 1:
-            total += acc
-        if S == 1 or P > 0:
-            tl.store(stream + at, total, mask)
-    if S > 1 or not ADD:
-        tl.store(out + part * M * width + at, acc.to(out.dtype.element_ty), mask)
+    at = tokens[None, :] * N + rows[:, None]
+    mask = (rows < N)[:, None] & here
+    if USE == "store":
+        tl.store(extra[0] + at, acc, mask)
+    if USE == "swiglu":
+        store_swiglu(extra[0], acc, row, tokens, M, N, BN, BM)
+    if USE == "heads":
+        a, b = halves(acc, BN, BM)
+        store_head(extra, a, b, c, s, factor, slot, row // E, row, tokens, M, H, G, E, BN // 2)
+    if USE == "add":
+        if part == 0:
+            total = pending_sum(extra[0], extra[1], at, mask, M, N, P)
+            if S == 1:
+                total += acc
+            if S == 1 or P > 0:
+                tl.store(extra[0] + at, total, mask)
+        if S > 1:
+            tl.store(extra[2] + part * M * N + at, acc, mask)

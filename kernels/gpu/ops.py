@@ -18,14 +18,17 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.kernels.gpu.attention import attention
+from specdec.kernels.gpu.heads import compute_dtype as heads_dtype
+from specdec.kernels.gpu.heads import places, rotate
 from specdec.kernels.gpu.linear import TOKENS, burst_kernel, linear_kernel
 from specdec.kernels.gpu.moe import interleave, moe
 from specdec.kernels.gpu.norm import add_kernel, add_norm_kernel, embed_kernel
 from specdec.kernels.gpu.table import Tile, tile
-from specdec.kernels.reference import AttentionRule, Experts, Fp8Weight, Weight
+from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, Weight
 from specdec.types import ModelInputs
 
 TOKENS_EXACT = 64
+NO_HEADS = (0, 1, 2, False)  # query heads, KV heads, head size, rotary embedding
 BURST = 2048  # inputs up to which a program loads its weights in one go
 
 
@@ -56,6 +59,14 @@ class Ops:
     def pack(self, weight: Weight, swiglu: bool = False) -> Weight:
         """Weights [N, K]; gate and up rows alternate, so that a program holds pairs."""
         return interleave(weight) if swiglu else weight
+
+    def pack_heads(self, weight: Weight, size: int) -> Weight:
+        """Weights of heads of `size` channels: the two rows that the rotary embedding turns stand together."""
+        if isinstance(weight, Fp8Weight):
+            data = interleave(weight.data.view(torch.uint8).unflatten(0, (-1, size)))
+            scale = interleave(weight.scale.view(-1, size, 1))
+            return Fp8Weight(data.view(weight.data.shape).view(FP8), scale.flatten(), weight.input_scale)  # type: ignore
+        return interleave(weight.unflatten(0, (-1, size))).flatten(0, 1)  # type: ignore
 
     def embed(self, tokens: Tensor, table: Tensor, norm: Tensor) -> Tensor:
         """Rows of the table [V, K] as the stream f32 [M, K]; tokens int64 [M]. norm: what the stream meets first."""
@@ -98,15 +109,35 @@ class Ops:
         """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]."""
         if len(x) > TOKENS_EXACT:
             return self._long(x, norm, eps, weight)
-        return self._norm_product(x, norm, eps, weight, swiglu=False)
+        out = torch.empty((len(x), _shape(weight)[0]), device=x.device)
+        self._norm_product(x, norm, eps, weight, "store", (out,))
+        return out
 
     def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
         """RMSNorm, gate and up products, silu(gate) * up: f32 [M, K] -> compute dtype [M, N/2]."""
+        dtype = reference.compute_dtype(weight)
         if len(x) > TOKENS_EXACT:
             pairs = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2))
             product: Tensor = F.silu(pairs[..., 0]) * pairs[..., 1]
-            return product.to(reference.compute_dtype(weight))
-        return self._norm_product(x, norm, eps, weight, swiglu=True)
+            return product.to(dtype)
+        out = torch.empty((len(x), _shape(weight)[0] // 2), dtype=dtype, device=x.device)
+        self._norm_product(x, norm, eps, weight, "swiglu", (out,))
+        return out
+
+    def norm_attention(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
+        cos: Tensor, sin: Tensor, rule: AttentionRule,
+    ) -> Tensor:  # fmt: skip
+        """RMSNorm, the QKV product, rotary embedding, KV append, attention: f32 [M, K] -> [M, H*E]; cache [B, G, S, E]."""
+        groups, size = keys.shape[1], keys.shape[3]
+        heads = _shape(weight)[0] // size - 2 * groups
+        queries = torch.empty((len(x), heads * size), dtype=heads_dtype(keys), device=x.device)
+        where = places(queries, keys, values, inputs, cos, sin, rule)
+        if len(x) > TOKENS_EXACT or rule.q_norm is not None or (rule.unit_norm and rule.rope):
+            rotate(self, self.norm_linear(x, norm, eps, weight), where, rule, heads, groups)
+        else:
+            self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
+        return attention(self, queries, keys, values, inputs, rule.chunk)
 
     def add_linear(self, residual: Tensor, x: Tensor, weight: Weight, norm: Tensor | None = None) -> None:
         """residual f32 [M, N] += x [M, K] @ weight.T; some of it may stay pending. norm: what the stream meets next."""
@@ -117,39 +148,38 @@ class Ops:
             return
         (n, k), m = _shape(weight), len(x)
         if isinstance(weight, Tensor) and k <= BURST:
-            t = tile("burst", n, k, weight.element_size())
             self.flush(residual)
-            if norm is not None:
-                value = torch.empty((m, n), dtype=weight.dtype, device=x.device)
-                squares = torch.empty((triton.cdiv(n, t.BN), TOKENS_EXACT), device=x.device)
-                self.ready = Ready(residual, norm, value, squares)
-            self._burst(x, None, weight, residual, self.ready, 0.0, t, swiglu=False)
+            if norm is None:
+                self._burst(x, None, weight, 0.0, "add", (residual,))
+                return
+            value = torch.empty((m, n), dtype=weight.dtype, device=x.device)
+            programs = triton.cdiv(n, tile("burst", n, k, weight.element_size()).BN)
+            squares = torch.empty((programs, TOKENS_EXACT), device=x.device)
+            self._burst(x, None, weight, 0.0, "ready", (residual, value, norm, squares))
+            self.ready = Ready(residual, norm, value, squares)
             return
         pending, count = self.pending_parts(residual)
         t = tile("add", n, k, _data(weight).element_size())
         out = torch.empty((t.splits, m, n), device=x.device) if t.splits > 1 else residual
-        self._linear(x, None, weight, residual, pending, out, count, t, swiglu=False, add=True)
+        self._linear(x, None, weight, t, "add", (residual, pending, out), count=count)
         self.pending = (residual, out) if t.splits > 1 else None
 
-    def _norm_product(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, swiglu: bool) -> Tensor:
-        (n, k), m = _shape(weight), len(x)
-        kind, width = ("swiglu", n // 2) if swiglu else ("norm", n)
-        dtype = reference.compute_dtype(weight) if swiglu else torch.float32
-        out = torch.empty((m, width), dtype=dtype, device=x.device)
+    def _norm_product(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
+        heads: tuple[int, int, int, bool] = NO_HEADS,
+    ) -> None:  # fmt: skip
+        n, k = _shape(weight)
         if isinstance(weight, Tensor) and k <= BURST:
             ready = self.ready
             if ready is None or ready.stream is not x or ready.norm is not norm:
                 ready = self.ready = self._prepared(x, norm, eps, weight.dtype)
-            t = tile("burst", n, k, weight.element_size())
-            self._burst(ready.value, ready.squares, weight, out, None, eps, t, swiglu=swiglu)
-            return out
-        t = tile(kind, n, k, _data(weight).element_size())
+            self._burst(ready.value, ready.squares, weight, eps, use, extra, heads)
+            return
         if isinstance(weight, Fp8Weight):
             _, h, scale = self._normed(x, norm, eps, weight.input_scale)
         else:
             h, scale = self._normed(x, norm, eps, None, plain=weight.dtype, quantise=False)[0], None
-        self._linear(h, scale, weight, x, x, out, 0, t, swiglu=swiglu, add=False)
-        return out
+        self._linear(h, scale, weight, tile("norm", n, k, _data(weight).element_size()), use, extra, heads)
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
         ready = Ready(
@@ -185,55 +215,39 @@ class Ops:
         self.pending = None
 
     def _burst(
-        self, x: Tensor, squares: Tensor | None, weight: Tensor, out: Tensor, ready: Ready | None, eps: float, t: Tile,
-        swiglu: bool,
+        self, x: Tensor, squares: Tensor | None, weight: Tensor, eps: float, use: str, extra: tuple[Any, ...],
+        heads: tuple[int, int, int, bool] = NO_HEADS,
     ) -> None:  # fmt: skip
-        (n, k), m, unused = _shape(weight), len(x), weight
-        first = min(1 << (k.bit_length() - 1), BURST)
-        rest = 0 if k == first else max(triton.next_power_of_2(k - first), 16 * t.warps)
+        (n, k), m = weight.shape, len(x)
+        t = tile("burst", n, k, weight.element_size())
+        first = max(1 << (k.bit_length() - 1), 16 * t.warps)
+        rest = 0 if k <= first else max(triton.next_power_of_2(k - first), 16 * t.warps)
         burst_kernel[(triton.cdiv(n, t.BN), triton.cdiv(m, TOKENS))](
-            x, unused if squares is None else squares, weight, out, out,
-            unused if ready is None else ready.value, unused if ready is None else ready.norm,
-            unused if ready is None else ready.squares, m, eps,
-            N=n, K=k, PARTS=0 if squares is None else len(squares), SWIGLU=swiglu,
-            ADD=squares is None, READY=ready is not None,
-            BN=t.BN, K0=max(first, 16 * t.warps), K1=rest, WAYS=t.warps, BM=TOKENS, **self.launch(t),
+            x, x if squares is None else squares, weight, extra, m, eps,
+            N=n, K=k, PARTS=0 if squares is None else len(squares), USE=use,
+            H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3],
+            BN=t.BN, K0=first, K1=rest, WAYS=t.warps, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
 
     def _linear(
-        self, x: Tensor, scale: Tensor | None, weight: Weight, stream: Tensor, pending: Tensor, out: Tensor,
-        count: int, t: Tile, swiglu: bool, add: bool,
+        self, x: Tensor, scale: Tensor | None, weight: Weight, t: Tile, use: str, extra: tuple[Any, ...],
+        heads: tuple[int, int, int, bool] = NO_HEADS, count: int = 0,
     ) -> None:  # fmt: skip
         (n, k), m = _shape(weight), len(x)
-        data, weight_scale, input_scale, mode = _data(weight), x, x, "plain"
+        weight_scale, input_scale, mode = x, x, "plain"
         if isinstance(weight, Fp8Weight):
             weight_scale = weight.scale
             input_scale = x if weight.input_scale is None else weight.input_scale
             mode = "scaled" if scale is not None else "dynamic" if weight.input_scale is None else "static"
         linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, TOKENS))](
-            x, x if scale is None else scale, input_scale, data, weight_scale, stream, pending, out, m,
-            N=n, K=k, P=count, S=t.splits, INPUT=mode, SWIGLU=swiglu, ADD=add,
+            x, x if scale is None else scale, input_scale, _data(weight), weight_scale, extra, m,
+            N=n, K=k, P=count, S=t.splits, INPUT=mode, USE=use, H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3],
             BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256), **self.launch(t),
         )  # fmt: skip
 
     def _long(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
         self.flush(x)
         return _product(reference.rms_norm(x, norm, eps).to(reference.compute_dtype(weight)), weight)
-
-    # ---- the rest ----------------------------------------------------------------------------------------------------
-
-    def attention(
-        self,
-        qkv: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        inputs: ModelInputs,
-        cos: Tensor,
-        sin: Tensor,
-        rule: AttentionRule,
-    ) -> Tensor:
-        """Rotary embedding, KV append and attention: qkv f32 [M, (H+2G)*E] -> [M, H*E]; cache [B, G, S, E]."""
-        return attention(self, qkv, keys, values, inputs, cos, sin, rule)
 
     def add_moe(self, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
         """x f32 [M, H] += the mixture of experts of RMSNorm(x); it stays pending."""

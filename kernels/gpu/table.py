@@ -27,14 +27,14 @@ TUNED: dict[tuple[str, int, int, int], Tile] = {}  # (kind, N, K, bytes a weight
 
 @cache
 def tile(kind: str, n: int, k: int, width: int) -> Tile:
-    """kind: "burst" (K in one go), "norm" and "swiglu" (whole K a program), "add" and "plain" (K may be split)."""
+    """kind: "burst" (K in one go), "norm" (whole K a program), "add" (K may be split)."""
     if found := TUNED.get((kind, n, k, width)):
         return found
     rows = next((rows for rows in (64, 32) if n // rows >= PROGRAMS), 16)
     if kind == "burst":
         return Tile(min(rows, 32), k, warps=4, stages=1)
     splits = 1
-    if kind in ("add", "plain"):
+    if kind == "add":
         while n // rows * splits < PROGRAMS and k % (2 * splits) == 0 and k // (2 * splits) >= 256 and splits < 8:
             splits *= 2
     inputs = 256 // width

@@ -127,6 +127,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.rule = config.attention_rule(index)
+        self.head_dim = config.head_dim
         self.pair_size = config.head_dim if config.interleaved_rope and self.rule.rope else 0
         self.input_layernorm = Norm(config.hidden_size)
         self.self_attn = Attention(config, linears)
@@ -145,7 +146,7 @@ class DecoderLayer(nn.Module):
         self.next_norm: Tensor | None = None  # of the layer behind, or the final one
         attn = self.self_attn
         q, k = (pair_halves(projection.value(), self.pair_size) for projection in (attn.q_proj, attn.k_proj))
-        self.qkv = ops.pack(stack([q, k, attn.v_proj.value()]))
+        self.qkv = ops.pack_heads(stack([q, k, attn.v_proj.value()]), self.head_dim)
         self.o = ops.pack(attn.o_proj.value())
         if hasattr(attn, "q_norm"):
             self.rule = replace(self.rule, q_norm=attn.q_norm.weight.data, k_norm=attn.k_norm.weight.data)
@@ -163,8 +164,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, inputs: ModelInputs, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Advance the residual stream x f32 [M, hidden] in place, and write this forward's K/V."""
         ops = self.ops
-        qkv = ops.norm_linear(x, self.norms[0], self.eps, self.qkv)
-        ops.add_linear(x, ops.attention(qkv, keys, values, inputs, cos, sin, self.rule), self.o, self.norms[1])
+        cache = keys, values, inputs, cos, sin, self.rule
+        ops.add_linear(x, ops.norm_attention(x, self.norms[0], self.eps, self.qkv, *cache), self.o, self.norms[1])
         if self.experts is None:
             ops.add_linear(x, ops.norm_swiglu(x, self.norms[1], self.eps, self.gate_up), self.down, self.next_norm)
         else:
