@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from _bench import Journal
+from _bench import Journal, session
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -42,13 +42,18 @@ def clocked(function: Callable[[], object], repeats: int, device: torch.device) 
     wait(device)
     if device.type != "cuda":
         return [_host_seconds(function) for _ in range(repeats)]
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    marks = [(event(), event()) for _ in range(repeats)]
     for begin, end in marks:
         begin.record()
         function()
         end.record()
     wait(device)
     return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
+
+
+def event() -> Any:
+    """A moment in the stream of the GPU, once recorded."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _host_seconds(function: Callable[[], object]) -> float:
@@ -159,6 +164,14 @@ def parse_options(schema: type[T], arguments: Sequence[str], sections: Sequence[
     if unknown := set(getattr(options, "sections", sections)) - set(sections):
         raise ValueError(f"sections has {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
     return options
+
+
+def begin(name: str, arguments: Sequence[str], revision: str | None) -> dict[str, Any]:
+    """Where and with what this session measures; `revision` stands in where the folder is no git checkout."""
+    here = session(f"experiments/{name}.py", arguments)
+    if here["git"] is None and revision is not None:
+        here["git"] = {"revision": revision, "dirty": False}
+    return here
 
 
 class Results:

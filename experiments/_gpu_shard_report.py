@@ -13,7 +13,8 @@ def render(document: dict[str, Any]) -> str:
     setup, rows = document["setup"], document["rows"]
     dense, routed = setup["dense_bytes"] / 1e9, setup["expert_bytes_held"] / 1e9
     what = f"""One rank ({setup["shard"]}) of Llama 4 Maverick, {setup["num_layers"]} layers, random FP8 weights, batch 1.
-No all-reduces. It holds {dense:.2f} GB of dense weights and {routed:.1f} GB of {setup["num_experts"]} routed experts a mixture."""
+No all-reduces. It holds {dense:.2f} GB of dense weights and {routed:.1f} GB of routed experts,
+{setup["num_experts"]} in each mixture."""
     parts = [head("A decode step of one rank of Maverick", document, what)]
     by: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

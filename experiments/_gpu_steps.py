@@ -12,8 +12,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-import torch
-from _gpu import spread, wait
+from _gpu import event, spread, wait
 from _runtimes import digest
 from torch.profiler import ProfilerActivity, profile
 
@@ -53,7 +52,7 @@ class Timed(SpeculativeDecoder):
 
     @staticmethod
     def _mark() -> Any:
-        mark = torch.cuda.Event(enable_timing=True)
+        mark: Any = event()
         mark.record()
         return mark
 
@@ -118,6 +117,8 @@ def profiled(decoder: Timed, prompt: Sequence[int], steps: int) -> list[Work]:
     kind = device.type
     found: Any = recorder.events()  # type: ignore[no-untyped-call]
     events = [e for e in found if e.device_type.name.lower() == kind and e.cpu_parent is None]
+    if not events:
+        raise RuntimeError(f"the profiler saw nothing on {device}: it needs CUPTI, and no other profiler beside it")
     return sorted((Work(e.name, e.time_range.start, e.time_range.end) for e in events), key=lambda work: work.begin)
 
 
@@ -185,7 +186,7 @@ def host_row(decoder: Timed, prompt: Sequence[int], new: int, steps: int) -> dic
     works = profiled(decoder, prompt, steps)
     return {
         "steps": first["steps"],
-        "launch_us": spread(launches),
+        "launch_us": spread(launches) if launches else None,
         "step_us": spread(inside) if inside else None,
         "gap_us": spread(between) if between else None,
         "capture_seconds": captures,

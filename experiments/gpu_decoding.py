@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import session
-from _gpu import Job, Results, ceilings, parse_options, random_ids
+from _gpu import Job, Results, begin, ceilings, parse_options, random_ids
 from _gpu_forward import bits_row, forward_row, prefill_row, shapes_of
 from _gpu_quality import compare
 from _gpu_report import render
@@ -36,6 +35,7 @@ from specdec.decoding.chat import encode
 from specdec.decoding.decoder import capacity
 
 NAME = "gpu_decoding"
+MOST_NODES = 128  # of any drafter's tree: one cache serves all, so that no graph is captured again for a larger one
 SECTIONS = ["ceiling", "decode", "batch", "forward", "host", "prefill", "fp8", "bits"]
 
 
@@ -62,6 +62,7 @@ class Options:
     read_megabytes: int = 2048  # memory that the ceiling's sum reads
     matmul: int = 8192  # rows and columns of the ceiling's product
     sections: list[str] = field(default_factory=lambda: list(SECTIONS))
+    revision: str | None = None  # of the code, where the folder is no git checkout
     results: str = str(Path(__file__).parent / "results")
 
 
@@ -106,6 +107,7 @@ class Benchmark:
         target = self.quantized if quantized else self.target
         decoder = Timed(target, make_drafter(name), self.verifier, batch_size=batch)
         new = self.options.max_new_tokens
+        target.allocate(batch, max(len(question.ids) for question in self.questions) + new, MOST_NODES)
         longest: dict[int, int] = {}
         for length in (len(question.ids) for question in self.questions):
             size = capacity(length + new + decoder.drafter.num_draft_tokens + 1)
@@ -227,7 +229,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     torch.manual_seed(0)
     benchmark = Benchmark(options)
-    results.measure(benchmark.setup(), session(f"experiments/{NAME}.py", arguments), benchmark.jobs())
+    results.measure(benchmark.setup(), begin(NAME, arguments, options.revision), benchmark.jobs())
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import session
 from _gpu import (
     Job,
     Results,
+    begin,
     ceilings,
     expert_bytes,
     fill_cache,
@@ -71,6 +71,7 @@ class Options:
     matmul: int = 8192
     machine: str = "h200"  # what measured.json says it was measured on
     sections: list[str] = field(default_factory=lambda: list(SECTIONS))
+    revision: str | None = None  # of the code, where the folder is no git checkout
     results: str = str(Path(__file__).parent / "results")
 
 
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str]) -> None:
     results = Results(Path(options.results), NAME, render)
     if "--render" not in arguments:
         benchmark = Benchmark(options)
-        results.measure(benchmark.setup(), session(f"experiments/{NAME}.py", arguments), benchmark.jobs())
+        results.measure(benchmark.setup(), begin(NAME, arguments, options.revision), benchmark.jobs())
     report(results)
 
 

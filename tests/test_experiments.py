@@ -13,9 +13,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from specdec.projection.measured import load_measured
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # its files import one another as scripts do
 bench, report, cpu_decoding = (importlib.import_module(name) for name in ("_bench", "_cpu_report", "cpu_decoding"))
 forward = importlib.import_module("_forward")
+gpu_decoding, maverick_shard = (importlib.import_module(name) for name in ("gpu_decoding", "maverick_shard"))
+gpu_forward, gpu_report, gpu_steps = (
+    importlib.import_module(f"_gpu_{name}") for name in ("forward", "report", "steps")
+)
 
 NEW, DRAFTERS = 6, ["none", "ngram", "ngram_no_match"]
 
@@ -168,3 +174,161 @@ def test_interval_holds_the_median() -> None:
 def test_mistakes_are_said(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         cpu_decoding.main(arguments)
+
+
+# ---- GPU benchmarks, on the CPU --------------------------------------------------------------------------------------
+
+
+def load(folder: Path, name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return document
+
+
+GPU_SMALL = [
+    "device=cpu", "dtype=float32", "drafters=[none,ngram]", "batches=[1,3]", "tokens=[1,3,4]", "contexts=[8,20]",
+    "prefill_tokens=[9]", "prefill_chunks=[4,16]", "fp8_prompts=2", "read_megabytes=1", "matmul=32", "profile_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def gpu_options(options: list[str]) -> list[str]:
+    """The tiny checkpoint and prompts with toy settings of every section."""
+    shared = [o for o in options if o.split("=")[0] in ("dataset.path", "checkpoint", "max_new_tokens", "passes")]
+    return [*shared, *GPU_SMALL, "repeats=1"]
+
+
+def test_gpu_decoding_measures_every_section(gpu_options: list[str], tmp_path: Path) -> None:
+    where = f"results={tmp_path}"
+    gpu_decoding.main([*gpu_options, where, "sections=[decode,bits]"])
+    gpu_decoding.main(
+        [*gpu_options, where, "sections=[ceiling,batch,forward,host,prefill,fp8,bits]"]
+    )  # adds to the rows
+    document = load(tmp_path, "gpu_decoding")
+    by: dict[str, list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        by.setdefault(row["section"], []).append(row)
+    assert {name: len(rows) for name, rows in by.items()} == {
+        "ceiling": 1, "decode": 2 * 3 * 2, "batch": 2 * 2 * 2, "forward": 2 * 3, "host": 2, "prefill": 2, "fp8": 4,
+        "bits": 3 + 2 + 3,
+    }  # fmt: skip
+    assert len(document["sessions"]) == 2
+    assert all(row["differing"] == 0 < row["compared"] for row in by["bits"])
+    digests: dict[str, set[str]] = {}
+    for row in by["decode"]:
+        assert row["decode_tokens"] == NEW - 1
+        digests.setdefault(row["question"], set()).update(row["digests"])
+    assert all(len(different) == 1 for different in digests.values())
+    for row in by["fp8"]:
+        assert row["tokens"] == NEW
+        assert row["kl"] > 0 <= row["agree"] <= NEW
+    small, large = (next(r["bytes"] for r in by["forward"] if r["context"] == c) for c in (8, 20))
+    assert large - small == 12 * 2 * 2 * 32 * 4  # two layers, keys and values, one head of 32, float32
+    written = (tmp_path / "gpu_decoding.md").read_text()
+    for heading in ("Ceilings", "Decode speed", "Batches", "A forward of M", "The host", "Prefill", "FP8", "Bits"):
+        assert f"## {heading}" in written
+    assert "| chain | 1, 3, 4 | 0/3 | 0/8 |" in written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_decoding.json", "gpu_decoding.md"]
+    assert str(tmp_path.parent) not in json.dumps(document)
+    (tmp_path / "gpu_decoding.md").unlink()
+    gpu_decoding.main(["--render", where])
+    assert (tmp_path / "gpu_decoding.md").read_text() == written
+
+
+def test_bits_are_told_apart(gpu_options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target whose logits depend on how many tokens share a forward is caught, in every shape."""
+    benchmark = gpu_decoding.Benchmark(gpu_decoding.parse(gpu_options))
+    real = benchmark.target.verify
+
+    def faulty(tree: Any) -> Any:
+        output = real(tree)
+        output.logits[..., 7] += 1e-3 * (tree.tokens.numel() > 1)
+        return output
+
+    monkeypatch.setattr(benchmark.target, "verify", faulty)
+    found = {shape: gpu_forward.bits_row(benchmark.target, shape, 4, 8, 4) for shape in ("chain", "tree", "batch")}
+    assert {shape: (row["differing"], row["compared"]) for shape, row in found.items()} == {
+        "chain": (4, 4), "tree": (3, 3), "batch": (4, 4),
+    }  # fmt: skip
+
+
+def test_gpu_tables_say_where_drafting_stops_paying() -> None:
+    rows = [
+        {
+            "section": "batch", "batch": size, "drafter": name, "pass": 0, "digests": ["x"] * size, "steps": 5,
+            "prefill_seconds": 1.0, "decode_tokens": 10 * size, "decode_seconds": seconds, "whole_tokens": 8, "whole_steps": 4,
+        }
+        for size, name, seconds in [(1, "none", 4.0), (1, "ngram", 2.0), (2, "none", 4.0), (2, "ngram", 5.0)]
+    ]  # fmt: skip
+    text = gpu_report._batch(rows)
+    assert "ngram stops paying at batch 2." in text
+    assert "| 1 | ngram | 5 | 2.00 | 2.00 | 1/1 |" in text
+    assert "| 2 | ngram | 4 | 0.80 | 2.00 | 2/2 |" in text
+
+
+def test_kernels_own_times_and_bytes() -> None:
+    """Two steps of three kernels, of which the second begins before the first ends."""
+    work, steps = gpu_steps.Work, 2
+    works = [
+        work(name, begin + 100 * step, end + 100 * step)
+        for step in range(steps)
+        for name, begin, end in (("linear_kernel", 0, 10), ("attention_kernel", 4, 16), ("linear_kernel", 20, 50))
+    ]
+    summary = gpu_steps.summary(works, steps)
+    assert (summary["kernels"], summary["kernel_us"], summary["busy_us"], summary["span_us"]) == (3, 52, 46, 75)
+    assert summary["idle"] == pytest.approx(1 - 92 / 150)
+    rows = gpu_steps.kernel_rows(works, steps, [("qkv", 500), ("head", 900)], {"attention_kernel": 60})
+    assert [(r["name"], r["calls"], r["us"], r["duration_us"], r["bytes"]) for r in rows] == [
+        ("linear_kernel head", 1, 30, 30, 900),
+        ("linear_kernel qkv", 1, 10, 10, 500),
+        ("attention_kernel", 1, 6, 12, 60),
+    ]
+    unknown = gpu_steps.kernel_rows(works, steps, [("qkv", 500)] * 3, {})
+    assert [(r["name"], r["bytes"]) for r in unknown] == [("linear_kernel", None), ("attention_kernel", None)]
+
+
+SHARD_SMALL = [
+    "sizes.hidden_size=64", "sizes.intermediate_size=128", "sizes.intermediate_size_mlp=256", "sizes.head_dim=32",
+    "sizes.num_attention_heads=8", "sizes.vocab_size=256", "sizes.num_local_experts=4", "sizes.attention_chunk_size=64",
+    "layers=2", "device=cpu", "tokens=[1,3]", "contexts=[48]", "steps=8", "profile_steps=2", "read_megabytes=1", "matmul=32",
+]  # fmt: skip
+
+
+def test_maverick_shard_measures_and_projects(tmp_path: Path) -> None:
+    maverick_shard.main([*SHARD_SMALL, f"results={tmp_path}"])
+    rows = load(tmp_path, "maverick_shard")["rows"]
+    steps = {(row["tokens"], row["routing"]): row for row in rows if row["section"] == "step"}
+    assert set(steps) == {(1, "one"), (3, "one"), (3, "uniform"), (3, "distinct")}
+    assert [steps[3, name]["experts"] for name in ("one", "distinct")] == [1, 3]
+    assert 1 <= steps[3, "uniform"]["experts"] <= 3
+    assert steps[3, "uniform"]["expected_experts"] == pytest.approx(4 * (1 - (3 / 4) ** 3))
+    inner, scales = 128 // 8, 4 * (2 * 128 // 8 + 64)  # of one routed expert on this rank: channels, f32 scales
+    more = steps[3, "distinct"]["bytes"] - steps[3, "one"]["bytes"]
+    assert more == 2 * (3 * 64 * inner + scales)
+    for row in steps.values():
+        assert row["us"]["count"] == row["steps"] - gpu_steps.WARM
+        assert row["us"]["p10"] <= row["us"]["median"] <= row["us"]["p90"]
+        assert row["emitted"] == 8 + gpu_steps.WARM + 1
+    assert sum(row["section"] == "profile" for row in rows) == 4
+    text = (tmp_path / "maverick_shard.md").read_text()
+    assert "## Steps" in text
+    assert "### context 48, M = 3, uniform" in text
+    measured = load_measured(tmp_path / "measured.json")
+    assert measured.ranks == 8
+    assert [(r.tokens, r.context) for r in measured.runtimes["specdec"].rows] == [(1, 48), (3, 48)]
+    assert "only 2 layers" in measured.source
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("gpu_decoding", ["sections=[product]"], "product"),
+        ("gpu_decoding", ["drafters=[ngram]"], "none"),
+        ("gpu_decoding", ["passes=0"], "passes"),
+        ("maverick_shard", ["routings=[two]"], "two"),
+        ("maverick_shard", ["tokens=[65]"], "65"),
+        ("maverick_shard", ["contexts=[100]"], "contexts"),
+    ],
+)
+def test_gpu_mistakes_are_said(script: str, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        importlib.import_module(script).main(arguments)

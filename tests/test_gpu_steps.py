@@ -135,7 +135,7 @@ def test_advance(rows: int, nodes: int, chain: bool, num_stops: int, seed: int) 
     results = []
     for function in (gpu_steps.advance, steps.advance_reference):
         buffer = torch.zeros(rows, 20 + nodes, dtype=torch.int64)
-        args = on(*tree, path, accepted, following, buffer, lengths, limits, running, stop_ids)
+        args = on(*tree, path, accepted, following, buffer, lengths.clone(), limits, running.clone(), stop_ids)
         results.append([*function(*args), args[6]])
     check(*results)
 
@@ -250,7 +250,7 @@ STEPS, SAMPLING = "specdec.kernels.gpu.steps", "specdec.kernels.gpu.sampling"
 KINDS = {
     "logits": "*fp32", "temperature": "*fp32", "factor": "fp32",
     "num_nodes": "*i32", "parents": "*i32", "path": "*i32", "accepted": "*i32", "lengths": "*i32", "limits": "*i32",
-    "counts": "*i32", "new_lengths": "*i32", "position": "*i32", "running": "*i1", "still": "*i1",
+    "counts": "*i32", "position": "*i32", "running": "*i1",
     **dict.fromkeys(("vocab", "parts", "stride", "node_stride", "parent_stride", "chosen_stride", "token_stride"), "i32"),
     **dict.fromkeys(("size", "num_stops", "row_stride", "nodes_per_row"), "i32"),
 }  # fmt: skip
@@ -266,7 +266,7 @@ SHAPES: list[tuple[str, str, str, dict[str, Any], int]] = [  # module, kernel, a
      {"DEPTH": 7, **TREE}, 1),
     (STEPS, "advance_kernel",
      "nodes node_stride parents parent_stride num_nodes path accepted next_token tokens token_stride size lengths limits "
-     "running stop_ids num_stops new_lengths counts still record", {"E": 8, "LEVELS": 6, "STOPS": 2, **TREE}, 1),
+     "running stop_ids num_stops counts record", {"E": 8, "LEVELS": 6, "STOPS": 2, **TREE}, 1),
     (SAMPLING, "choose_kernel", "logits temperature seed position row_stride node_stride keys vocab nodes_per_row",
      {"STREAM": 0, "BLOCK": 2048}, 4),
 ]  # fmt: skip

@@ -67,8 +67,9 @@ def attention_kernel(
     row = b * T + token
     position = tl.load(positions + row, token < T, other=0)
     oldest = position // chunk * chunk if CHUNK else tl.zeros((16,), tl.int32)
-    last = tl.max(tl.where(mask, position, 0), 0)
-    low = tl.min(tl.where(mask, oldest, 2147483647), 0) // SPLIT
+    start = tl.load(positions + b * T + first)  # a tile is a piece of a chain, or one token
+    last = tl.load(positions + b * T + tl.minimum(first + TILE, T) - 1)
+    low = (start // chunk * chunk if CHUNK else 0) // SPLIT
     high = last // SPLIT
     if (split < low) | (split > high):
         wait(PDL)

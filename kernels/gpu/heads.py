@@ -57,19 +57,17 @@ def store_head(
     mask = (tokens < M)[None, :]
     group = (tokens // T * G).to(tl.int64)
     if head < H:
-        a, b = (a * c - b * s) * factor[None, :], (b * c + a * s) * factor[None, :]
-        at = tokens[None, :] * (H * E) + head * E + channel
-        tl.store(queries + at, a.to(queries.dtype.element_ty), mask)
-        tl.store(queries + at + E // 2, b.to(queries.dtype.element_ty), mask)
+        query = tokens[None, :] * (H * E) + head * E + channel
+        tl.store(queries + query, ((a * c - b * s) * factor[None, :]).to(queries.dtype.element_ty), mask)
+        tl.store(queries + query + E // 2, ((b * c + a * s) * factor[None, :]).to(queries.dtype.element_ty), mask)
     elif head < H + G:
-        a, b = a * c - b * s, b * c + a * s
-        at = ((group + head - H) * C + slot)[None, :] * E + channel
-        tl.store(keys + at, a.to(keys.dtype.element_ty), mask)
-        tl.store(keys + at + E // 2, b.to(keys.dtype.element_ty), mask)
+        key = ((group + head - H) * C + slot)[None, :] * E + channel
+        tl.store(keys + key, (a * c - b * s).to(keys.dtype.element_ty), mask)
+        tl.store(keys + key + E // 2, (b * c + a * s).to(keys.dtype.element_ty), mask)
     else:
-        at = ((group + head - H - G) * C + slot)[None, :] * E + channel
-        tl.store(values + at, a.to(values.dtype.element_ty), mask)
-        tl.store(values + at + E // 2, b.to(values.dtype.element_ty), mask)
+        value = ((group + head - H - G) * C + slot)[None, :] * E + channel
+        tl.store(values + value, a.to(values.dtype.element_ty), mask)
+        tl.store(values + value + E // 2, b.to(values.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["M"])

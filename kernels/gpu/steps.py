@@ -126,10 +126,10 @@ def _deepest(parents, known, NODES: tl.constexpr, LEVELS: tl.constexpr):
 @triton.jit
 def advance_kernel(
     nodes, node_stride, parents, parent_stride, num_nodes, path, accepted, next_token, tokens, token_stride, size,
-    lengths, limits, running, stop_ids, num_stops, new_lengths, counts, still, record,
+    lengths, limits, running, stop_ids, num_stops, counts, record,
     E: tl.constexpr, NODES: tl.constexpr, LEVELS: tl.constexpr, COLUMNS: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B,). tokens int64 [B, size] are written in place, never beyond their row."""
+    """Grid (B,). tokens int64 [B, size], lengths and running are written in place, tokens never beyond their row."""
     row = tl.program_id(0).to(tl.int64)
     taken, known = tl.load(accepted + row), tl.load(num_nodes + row)
     length, limit, runs = tl.load(lengths + row), tl.load(limits + row), tl.load(running + row) != 0
@@ -148,9 +148,9 @@ def advance_kernel(
     ended = runs & (stopped | (length + count >= limit))
     place = length + column
     tl.store(tokens + row * token_stride + place, emitted, mask=(column < E) & (place < size))
-    tl.store(new_lengths + row, length + count)
+    tl.store(lengths + row, length + count)
     tl.store(counts + row, count)
-    tl.store(still + row, runs & (ended == 0))
+    tl.store(running + row, runs & (ended == 0))
     out = record + row * (5 + E)
     tl.store(out, known.to(tl.int64))
     tl.store(out + 1, _deepest(parents + row * parent_stride, known, NODES, LEVELS).to(tl.int64))
@@ -228,7 +228,7 @@ def advance(
     running: Tensor,
     stop_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `kernels.steps.advance`."""
+    """See `kernels.steps.advance`; lengths and running are changed in place, which spares a graph two copies."""
     (batch, steps), width, stops = path.shape, nodes.shape[1], stop_ids.numel()
     nodes, parents, path, num_nodes = (
         _rows_dense(nodes),
@@ -237,12 +237,12 @@ def advance(
         num_nodes.contiguous(),
     )
     accepted, next_token = accepted.contiguous(), next_token.contiguous()
-    new_lengths, counts, still = torch.empty_like(lengths), torch.empty_like(lengths), torch.empty_like(running)
+    counts = torch.empty_like(lengths)
     record = tokens.new_empty(batch, 5 + steps)
     advance_kernel[(batch,)](
         nodes, nodes.stride(0), parents, parents.stride(0), num_nodes, path, accepted, next_token,
         tokens, tokens.stride(0), tokens.shape[1], lengths, limits, running, stop_ids, stops,
-        new_lengths, counts, still, record, E=steps, NODES=triton.next_power_of_2(width), LEVELS=(width - 1).bit_length(),
+        counts, record, E=steps, NODES=triton.next_power_of_2(width), LEVELS=(width - 1).bit_length(),
         COLUMNS=triton.next_power_of_2(steps), STOPS=triton.next_power_of_2(max(stops, 1)), num_warps=1, **_NO_FUSION,
     )  # fmt: skip
-    return new_lengths, counts, still, record
+    return lengths, counts, running, record

@@ -21,9 +21,12 @@ class Target(Protocol):
     checkpoint: Path | None  # the folder the weights came from
     tokenizer: Any  # None: prompts must be token ids
     embed: Tensor  # [V, hidden]
-    lm_head: Tensor  # [V, hidden]
     lengths: Tensor  # int32 [B] committed tokens of each row
     graphable: bool  # verify and commit may be captured in a CUDA graph
+
+    @property
+    def lm_head(self) -> Tensor:
+        """[V, hidden], whole on every rank."""
 
     def allocate(self, batch_size: int, max_len: int, num_nodes: int, features: Sequence[int | str]) -> None:
         """Empty cache for rows of at most `max_len` tokens and trees of `num_nodes`; choose the layers to tap."""
