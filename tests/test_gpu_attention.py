@@ -11,7 +11,7 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from parity import error
 from torch import Tensor
@@ -30,7 +30,7 @@ if DEVICE.type == "cpu":
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # padding rows: 0 / 0
 DTYPES = [torch.float32, torch.bfloat16]
-NEAR = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
+NEAR = {torch.float32: 5e-6, torch.bfloat16: 5e-2}
 SLOTS, HIDDEN, EPS = 256, 64, 1e-5
 HEADS = (6, 2, 32)
 OFTEN = [(6, 2, 32), (5, 1, 64), (2, 2, 32), (16, 1, 32)]  # 3, 5, 1 and 16 query heads a KV head
@@ -87,7 +87,7 @@ class Case:
         batch, tokens = inputs.tokens.shape
         self.inputs = inputs
         self.x, self.norm = randn(batch * tokens, HIDDEN, seed=seed), 0.5 + randn(HIDDEN, seed=seed + 3).abs()
-        weight = 2 * HIDDEN**-0.5 * randn((query + 2 * groups) * size, HIDDEN, seed=seed + 4)
+        weight = 1.5 * HIDDEN**-0.5 * randn((query + 2 * groups) * size, HIDDEN, seed=seed + 4)
         self.weight: Weight = Fp8Weight(*reference.quantize(weight)) if fp8 else weight.to(dtype)
         self.keys = randn(batch, groups, SLOTS, size, seed=seed + 1).to(dtype)
         self.values = randn(batch, groups, SLOTS, size, seed=seed + 2).to(dtype)
@@ -138,7 +138,7 @@ def test_every_rule(rule: str, shape: TreeShape, dtype: torch.dtype) -> None:
     assert error(found, case.wanted(other)[0]) > 0.05
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6, deadline=None, phases=[Phase.reuse, Phase.generate])  # to shrink would take minutes
 @given(
     st.lists(st.integers(0, 240), min_size=1, max_size=2), st.integers(1, 10), st.integers(0, 3),
     st.sampled_from(OFTEN), st.sampled_from([0, 5, 128]), st.sampled_from([*DTYPES, "fp8"]), st.booleans(), st.integers(0, 99),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.pdl import wait
+from specdec.kernels.gpu.pdl import prefetch_rows, wait
 from specdec.types import ModelInputs
 
 ROWS = 16  # query rows of a program: TILE tokens of R heads each, padded
@@ -83,6 +83,10 @@ def attention_kernel(
     there = (at <= last)[:, None]
     own = split * SPLIT + SPLIT > prefix + offset
     if own:
+        begin = (b * G + g).to(tl.int64) * C + split * SPLIT
+        size: tl.constexpr = E * keys.dtype.element_ty.primitive_bitwidth // 8
+        prefetch_rows(keys, begin, size, size, SPLIT, begin + SPLIT, PDL)
+        prefetch_rows(values, begin, size, size, SPLIT, begin + SPLIT, PDL)
         wait(PDL)
     dtype: tl.constexpr = out.dtype.element_ty
     k = tl.load(keys + slot, there, other=0.0, cache_modifier=".cg").to(dtype)

@@ -14,7 +14,6 @@ from specdec.kernels.gpu.heads import halves, load_places, store_head
 from specdec.kernels.gpu.pdl import prefetch_rows, wait
 
 MIN_SCALE = tl.constexpr(2.0**-100)  # a token of zeros has a scale too
-ROOM = tl.constexpr(64)  # tokens for which there is room where their number must not show in an address
 TOKENS = 16  # columns of a program: one shape of the matrix instruction, whatever M is
 
 
@@ -63,15 +62,15 @@ def input_piece(x, tokens, first, M, K, SIZE: tl.constexpr, WAYS: tl.constexpr):
 def burst_kernel(
     x, squares, weight, extra, M, eps,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, USE: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr, WARM: tl.constexpr,
     BN: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, WAYS: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times weight [N, K] where a program's weights fit its registers: loaded in one burst before the wait.
 
-    PARTS > 0: x lacks the factor of its RMSNorm, which follows from squares f32 [PARTS, ROOM]. K0 + K1 cover K; WAYS warps
+    PARTS > 0: x lacks the factor of its RMSNorm, which follows from squares f32 [M, PARTS]. K0 + K1 cover K; WAYS warps
     share it. USE of the product, with `extra`: "store" (out f32 [M, N]); "swiglu" (out [M, N / 2]); "heads" (see heads.py);
     "add" (stream f32 [M, N]); "ready" (stream; stream * norm as the next product wants it; norm f32 [N]; each program's
-    share of the stream's squares f32 [programs, ROOM]).
+    share of the stream's squares f32 [M, programs]).
     """
     row = tl.program_id(0) * BN
     rows = row + tl.arange(0, BN)
@@ -86,22 +85,28 @@ def burst_kernel(
         c, s, factor, slot = load_places(extra, row, tokens, M, E, BN // 2, ROPE)
     if USE == "ready":
         gain = tl.load(extra[2] + rows, rows < N, other=0.0)
+    acc = tl.zeros((WAYS, BN, BM), dtype=tl.float32)
+    if WARM:  # multiplied by nothing, the weights come to lie as the matrix unit wants them before there is any input
+        acc = tl.dot(w0, input_piece(x, tokens, 0, 0, K, K0, WAYS), acc, input_precision="ieee")
+        if K1 > 0:
+            acc = tl.dot(w1, input_piece(x, tokens, K0, 0, K, K1, WAYS), acc, input_precision="ieee")
     wait(PDL)
     x0 = input_piece(x, tokens, 0, M, K, K0, WAYS)  # all loads first: each would cost its whole latency again
     if K1 > 0:
         x1 = input_piece(x, tokens, K0, M, K, K1, WAYS)
     if PARTS > 0:
         part = tl.arange(0, triton.next_power_of_2(PARTS))
-        found = tl.load(squares + part[:, None] * ROOM + tokens[None, :], (part < PARTS)[:, None] & here, other=0.0)
+        found = tl.load(
+            squares + tokens[:, None] * PARTS + part[None, :], (tokens < M)[:, None] & (part < PARTS)[None, :], 0.0
+        )
     if USE == "add" or USE == "ready":
         before = tl.load(extra[0] + at, mask, other=0.0)
-    acc = tl.zeros((WAYS, BN, BM), dtype=tl.float32)
     acc = tl.dot(w0, x0, acc, input_precision="ieee")
     if K1 > 0:
         acc = tl.dot(w1, x1, acc, input_precision="ieee")
     y = tl.sum(acc, 0)
     if PARTS > 0:
-        y *= tl.rsqrt(tl.sum(found, 0) / K + eps)[None, :]
+        y *= tl.rsqrt(tl.sum(found, 1) / K + eps)[None, :]
     if USE == "store":
         tl.store(extra[0] + at, y, mask)
     if USE == "swiglu":
@@ -114,7 +119,7 @@ def burst_kernel(
         tl.store(extra[0] + at, y, mask)
     if USE == "ready":
         tl.store(extra[1] + at, (y * gain[:, None]).to(extra[1].dtype.element_ty), mask)
-        tl.store(extra[3] + tl.program_id(0) * ROOM + tokens, tl.sum(y * y, 0), tokens < M)
+        tl.store(extra[3] + tokens * tl.num_programs(0) + tl.program_id(0), tl.sum(y * y, 0), tokens < M)
 
 
 @triton.jit

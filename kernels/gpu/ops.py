@@ -28,6 +28,7 @@ from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, We
 from specdec.types import ModelInputs
 
 TOKENS_EXACT = 64
+WARM = True
 NO_HEADS = (0, 1, 2, False)  # query heads, KV heads, head size, rotary embedding
 BURST = 2048  # inputs up to which a program loads its weights in one go
 
@@ -39,7 +40,7 @@ class Ready:
     stream: Tensor
     norm: Tensor
     value: Tensor  # compute dtype [M, K]
-    squares: Tensor  # f32 [parts, 64], which sum to the squares of each token's stream
+    squares: Tensor  # f32 [M, parts], which sum to the squares of each token's stream
 
 
 class Ops:
@@ -74,7 +75,7 @@ class Ops:
         if m > TOKENS_EXACT:
             return table[tokens].float()
         x = torch.empty((m, k), device=table.device)
-        ready = self.ready = Ready(x, norm, torch.empty_like(x, dtype=table.dtype), x.new_empty((1, TOKENS_EXACT)))
+        ready = self.ready = Ready(x, norm, torch.empty_like(x, dtype=table.dtype), x.new_empty((m, 1)))
         block = triton.next_power_of_2(k)
         embed_kernel[(m,)](
             tokens, table, norm, x, ready.value, ready.squares, m, K=k, BLOCK=block,
@@ -154,7 +155,7 @@ class Ops:
                 return
             value = torch.empty((m, n), dtype=weight.dtype, device=x.device)
             programs = triton.cdiv(n, tile("burst", n, k, weight.element_size()).BN)
-            squares = torch.empty((programs, TOKENS_EXACT), device=x.device)
+            squares = torch.empty((m, programs), device=x.device)
             self._burst(x, None, weight, 0.0, "ready", (residual, value, norm, squares))
             self.ready = Ready(residual, norm, value, squares)
             return
@@ -183,7 +184,7 @@ class Ops:
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
         ready = Ready(
-            x, norm, torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty((1, TOKENS_EXACT), device=x.device)
+            x, norm, torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty((len(x), 1), device=x.device)
         )
         self._add_norm(x, norm, eps, ready.value, ready.squares, x, x, x, "raw", "no")
         return ready
@@ -224,8 +225,8 @@ class Ops:
         rest = 0 if k <= first else max(triton.next_power_of_2(k - first), 16 * t.warps)
         burst_kernel[(triton.cdiv(n, t.BN), triton.cdiv(m, TOKENS))](
             x, x if squares is None else squares, weight, extra, m, eps,
-            N=n, K=k, PARTS=0 if squares is None else len(squares), USE=use,
-            H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3],
+            N=n, K=k, PARTS=0 if squares is None else squares.shape[1], USE=use,
+            H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3], WARM=WARM and self.pdl,
             BN=t.BN, K0=first, K1=rest, WAYS=t.warps, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
 

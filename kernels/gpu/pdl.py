@@ -22,12 +22,14 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(ptr, row, stride, bytes_per_row: tl.constexpr, ROWS: tl.constexpr, N, PDL: tl.constexpr):
-    """Ask for ROWS rows of a weight matrix from `row` on, N in all, to be brought to the L2. ptr uint8 [N, stride] bytes.
+def prefetch_rows(
+    ptr, row, stride: tl.constexpr, bytes_per_row: tl.constexpr, ROWS: tl.constexpr, N, PDL: tl.constexpr
+):
+    """Ask for ROWS rows of a matrix from `row` on, N in all, to be brought to the L2. ptr [N, stride] bytes.
 
-    One bulk request a thread: rows are cut in equal pieces, so that 128 threads have one each.
+    One bulk request a thread: rows are cut in equal pieces, so that 128 threads have one each. Requests are of whole 16 bytes.
     """
-    if PDL:
+    if PDL and stride % 16 == 0:
         PIECES: tl.constexpr = 128 // ROWS if ROWS < 128 else 1
         SIZE: tl.constexpr = (bytes_per_row // PIECES) // 16 * 16
         if SIZE > 0:
