@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+Kind = str | Sequence[str]  # of a tuple the types of its elements
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Job:
 
     module: str
     kernel: str
-    signature: Mapping[str, str]  # run-time argument -> type, e.g. "*fp32", "i32"; pointers count as 16-byte aligned
+    signature: Mapping[str, Kind]  # run-time argument -> type, e.g. "*fp32", "i32"; pointers count as 16-byte aligned
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     arch: int = 90
     options: Mapping[str, Any] = field(default_factory=dict)  # num_warps, num_stages, ...
@@ -55,7 +56,7 @@ def compile_kernels(jobs: Sequence[Job], python: str = sys.executable) -> list[C
 
 
 def compile_kernel(
-    module: str, kernel: str, signature: Mapping[str, str], constexprs: Mapping[str, Any], arch: int, **options: Any
+    module: str, kernel: str, signature: Mapping[str, Kind], constexprs: Mapping[str, Any], arch: int, **options: Any
 ) -> CompiledInfo:
     """One job."""
     return compile_kernels([Job(module, kernel, signature, constexprs, arch, options)])[0]
@@ -68,12 +69,18 @@ def _compile(job: Job) -> CompiledInfo:
 
     function = getattr(importlib.import_module(job.module), job.kernel)
     names = list(function.arg_names)
-    kinds = {**{name: "constexpr" for name in job.constexprs}, **job.signature}
+    given = {name: kind if isinstance(kind, str) else tuple(kind) for name, kind in job.signature.items()}
+    kinds: dict[str, Any] = {**{name: "constexpr" for name in job.constexprs}, **given}
     assert set(kinds) == set(names), f"{job.kernel} takes {names}, the job names {sorted(kinds)}"
-    aligned = [i for i, name in enumerate(names) if kinds[name].startswith("*") or name in job.divisible]
+    aligned: list[tuple[int, ...]] = []
+    for i, name in enumerate(names):
+        if isinstance(kinds[name], tuple):
+            aligned += [(i, j) for j, kind in enumerate(kinds[name]) if kind.startswith("*")]
+        elif kinds[name].startswith("*") or name in job.divisible:
+            aligned.append((i,))
     source = ASTSource(
         fn=function, signature={name: kinds[name] for name in names}, constexprs=dict(job.constexprs),
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )  # fmt: skip
     options = {"enable_fp_fusion": False, **job.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)

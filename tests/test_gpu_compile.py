@@ -100,15 +100,15 @@ def select(jobs: list[Job], kernel: str, rows: int = 0) -> list[Job]:
 
 
 def everything() -> list[Job]:
-    """On each generation a small model whose weights are loaded in one burst, and a large one; then the other rules."""
+    """On each generation a small model, whose weights are loaded in one burst, and a large one; then the other rules."""
     return [
         *launches(SMOLLM2, 90),
         *launches(LLAMA_8B, 90),
-        *launches(SMOLLM2, 100, tree=True),
+        *select(launches(SMOLLM2, 100, tree=True), "attention_kernel"),
+        *select(launches(SMOLLM2, 100, tree=True), "burst_kernel", rows=32),
         *launches(LLAMA_8B, 100, quantized=True, static=True, tree=True),
         *select(launches(SMOLLM2, 103), "attention_kernel"),
         *select(launches(LLAMA_8B, 103, quantized=True), "linear_kernel", rows=64),
-        *select(launches(LLAMA_8B, 90, quantized=True), "linear_kernel", rows=64),
         *select(launches(QWEN3, 90), "rotate_kernel"),
         *select(launches(SCOUT, 90), "rotate_kernel"),
         *select(launches(SCOUT, 90), "attention_kernel"),

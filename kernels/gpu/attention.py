@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.pdl import prefetch_rows, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
 from specdec.types import ModelInputs
 
 ROWS = 16  # query rows of a program: TILE tokens of R heads each, padded
@@ -57,6 +57,7 @@ def attention_kernel(
     """
     R: tl.constexpr = H // G
     PAD: tl.constexpr = 16 if TREE else 16 // TILE
+    trigger(PDL)
     split, g = tl.program_id(0), tl.program_id(1)
     tiles = tl.cdiv(T, TILE)
     b, first = tl.program_id(2) // tiles, tl.program_id(2) % tiles * TILE
@@ -81,7 +82,7 @@ def attention_kernel(
         node = tl.where(at < prefix, node, on_path)
     slot = ((b * G + g).to(tl.int64) * C + prefix + node)[:, None] * E + channel[None, :]
     there = (at <= last)[:, None]
-    own = split * SPLIT + SPLIT > prefix + offset
+    own = split * SPLIT + SPLIT > (prefix if TREE else prefix + offset)  # a tree's slots say nothing of positions
     if own:
         begin = (b * G + g).to(tl.int64) * C + split * SPLIT
         size: tl.constexpr = E * keys.dtype.element_ty.primitive_bitwidth // 8

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.pdl import wait
+from specdec.kernels.gpu.pdl import trigger, wait
 from specdec.kernels.reference import AttentionRule
 from specdec.types import ModelInputs
 
@@ -73,13 +73,14 @@ def store_head(
 @triton.jit(do_not_specialize=["M"])
 def rotate_kernel(
     qkv, where, q_norm, k_norm, M, eps,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
+    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
     BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """qkv f32 [M, (H+2G)*E]; a program owns one head of BM tokens. For heads that are normalised, and for long forwards.
+    """qkv f32 [S, M, (H+2G)*E], parts to be added; a program owns one head of BM tokens.
 
     NORM: "weighted" by q_norm and k_norm f32 [E] before the rotation, "unit" without weight behind it, or "none".
     """
+    trigger(PDL)
     head, tokens = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
     mask = (tokens < M)[None, :]
     row, channel = head * E, tl.arange(0, E // 2)
@@ -87,6 +88,10 @@ def rotate_kernel(
     wait(PDL)
     at = tokens[None, :] * ((H + 2 * G) * E) + row + 2 * channel[:, None]
     a, b = tl.load(qkv + at, mask, other=0.0), tl.load(qkv + at + 1, mask, other=0.0)
+    for part in tl.static_range(1, S):
+        more = qkv + part * M * ((H + 2 * G) * E) + at
+        a += tl.load(more, mask, other=0.0)
+        b += tl.load(more + 1, mask, other=0.0)
     if head < H + G:
         if NORM == "weighted":
             gain = q_norm
@@ -118,12 +123,12 @@ def places(
 
 
 def rotate(ops: Any, qkv: Tensor, where: Where, rule: AttentionRule, heads: int, groups: int) -> None:
-    """Launch it over qkv f32 [M, (H+2G)*E]."""
-    size, m = where[1].shape[-1], len(qkv)
+    """Launch it over qkv f32 [M, (H+2G)*E], or parts of it [S, M, ...]."""
+    size, m, parts = where[1].shape[-1], qkv.shape[-2], 1 if qkv.dim() == 2 else len(qkv)
     norm = "unit" if rule.unit_norm and rule.rope else "none" if rule.q_norm is None else "weighted"
     rotate_kernel[(triton.cdiv(m, 16), heads + 2 * groups)](
         qkv, where, qkv if rule.q_norm is None else rule.q_norm, qkv if rule.k_norm is None else rule.k_norm, m, rule.eps,
-        H=heads, G=groups, E=size, ROPE=rule.rope, NORM=norm, BM=16, **ops.launch(),
+        S=parts, H=heads, G=groups, E=size, ROPE=rule.rope, NORM=norm, BM=16, **ops.launch(),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from specdec.kernels.gpu.heads import halves, load_places, store_head
-from specdec.kernels.gpu.pdl import prefetch_rows, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
 
 MIN_SCALE = tl.constexpr(2.0**-100)  # a token of zeros has a scale too
 TOKENS = 16  # columns of a program: one shape of the matrix instruction, whatever M is
@@ -72,6 +72,7 @@ def burst_kernel(
     "add" (stream f32 [M, N]); "ready" (stream; stream * norm as the next product wants it; norm f32 [N]; each program's
     share of the stream's squares f32 [M, programs]).
     """
+    trigger(PDL)
     row = tl.program_id(0) * BN
     rows = row + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -152,9 +153,11 @@ def linear_kernel(
     """x [M, K] times weight [N, K] with scale a row for e4m3, in turns of BK inputs.
 
     INPUT: "plain" (weights' dtype), "scaled" (e4m3 with x_scale f32 [M]), "static" or "dynamic" (rounded to e4m3 here).
-    USE with `extra`: "store", "swiglu" and "heads" as in burst_kernel; "add" (stream f32 [M, N], pending f32 [P, M, N], out f32
-    [S, M, N]): pending sums go into the stream, and so does the product if S = 1; the parts of S > 1 are left in out.
+    USE with `extra`: "store" (out f32 [S, M, N]); "swiglu" and "heads" as in burst_kernel, S = 1; "add" (stream f32 [M, N],
+    pending f32 [P, M, N], out f32 [S, M, N]): pending sums go into the stream, and so does the product if S = 1; the parts of
+    S > 1 are left in out.
     """
+    trigger(PDL)
     row, part, first = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2) * BM
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     span: tl.constexpr = K // S
@@ -183,7 +186,7 @@ def linear_kernel(
     at = tokens[None, :] * N + rows[:, None]
     mask = (rows < N)[:, None] & here
     if USE == "store":
-        tl.store(extra[0] + at, acc, mask)
+        tl.store(extra[0] + part * M * N + at, acc, mask)
     if USE == "swiglu":
         store_swiglu(extra[0], acc, row, tokens, M, N, BN, BM)
     if USE == "heads":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.kernels.gpu.linear import TOKENS, swiglu, to_fp8, token_scale
 from specdec.kernels.gpu.norm import add_norm_kernel
-from specdec.kernels.gpu.pdl import prefetch_rows, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
 from specdec.kernels.gpu.table import tile
 from specdec.kernels.reference import FP8, Experts, Fp8Weight, Weight
 
@@ -36,6 +36,7 @@ def router_kernel(
     cols, tokens = tl.arange(0, BLOCK), first + tl.arange(0, BM)
     w = tl.load(router + row * K + cols, cols < K, other=0.0).to(tl.float32)
     wait(PDL)
+    trigger(PDL)  # not earlier: the next kernel reads h before its wait
     x = tl.load(h + tokens[:, None] * K + cols[None, :], (tokens < M)[:, None] & (cols < K)[None, :], other=0.0)
     tl.store(logits + tokens * X + row, tl.sum(x.to(tl.float32) * w[None, :], 1), tokens < M)
     if STATIC:
@@ -122,8 +123,10 @@ def expert_gate_up_kernel(
                 x, x_scale, shared, shared_scale, half, row, tokens, tokens < M, score, N, K, QUANTISED, BN, BK, BM
             )
         wait(PDL)
+        trigger(PDL)
     else:
         wait(PDL)
+        trigger(PDL)  # not earlier: the next kernel reads the logits before its wait
         own = tl.sum(choose(logits, forced, slot - 1 + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
         weight += own.to(tl.int64) * (N * K)
         prefetch_rows(weight, row, K * size, K * size, BN, N, PDL)
@@ -155,6 +158,7 @@ def expert_down_kernel(
     INPUT: "plain" (weights' dtype), "static" or "dynamic" (rounded to e4m3 here). Routed parts come first. The logits are older
     than the kernel before, so that the expert's rows can be asked for while that one runs.
     """
+    trigger(PDL)
     row, part, slot = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     span: tl.constexpr = K // S

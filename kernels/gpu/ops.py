@@ -28,7 +28,7 @@ from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, We
 from specdec.types import ModelInputs
 
 TOKENS_EXACT = 64
-WARM = True
+WARM = False
 NO_HEADS = (0, 1, 2, False)  # query heads, KV heads, head size, rotary embedding
 BURST = 2048  # inputs up to which a program loads its weights in one go
 
@@ -134,7 +134,15 @@ class Ops:
         heads = _shape(weight)[0] // size - 2 * groups
         queries = torch.empty((len(x), heads * size), dtype=heads_dtype(keys), device=x.device)
         where = places(queries, keys, values, inputs, cos, sin, rule)
-        if len(x) > TOKENS_EXACT or rule.q_norm is not None or (rule.unit_norm and rule.rope):
+        n, k = _shape(weight)
+        splits = (
+            1 if isinstance(weight, Tensor) and k <= BURST else tile("qkv", n, k, _data(weight).element_size()).splits
+        )
+        if len(x) <= TOKENS_EXACT and splits > 1:
+            parts = torch.empty((splits, len(x), n), device=x.device)
+            self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
+            rotate(self, parts, where, rule, heads, groups)
+        elif len(x) > TOKENS_EXACT or rule.q_norm is not None or (rule.unit_norm and rule.rope):
             rotate(self, self.norm_linear(x, norm, eps, weight), where, rule, heads, groups)
         else:
             self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
@@ -167,7 +175,7 @@ class Ops:
 
     def _norm_product(
         self, x: Tensor, norm: Tensor, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
-        heads: tuple[int, int, int, bool] = NO_HEADS,
+        heads: tuple[int, int, int, bool] = NO_HEADS, kind: str = "norm",
     ) -> None:  # fmt: skip
         n, k = _shape(weight)
         if isinstance(weight, Tensor) and k <= BURST:
@@ -180,7 +188,7 @@ class Ops:
             _, h, scale = self._normed(x, norm, eps, weight.input_scale)
         else:
             h, scale = self._normed(x, norm, eps, None, plain=weight.dtype, quantise=False)[0], None
-        self._linear(h, scale, weight, tile("norm", n, k, _data(weight).element_size()), use, extra, heads)
+        self._linear(h, scale, weight, tile(kind, n, k, _data(weight).element_size()), use, extra, heads)
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
         ready = Ready(
@@ -221,6 +229,7 @@ class Ops:
     ) -> None:  # fmt: skip
         (n, k), m = weight.shape, len(x)
         t = tile("burst", n, k, weight.element_size())
+        assert use != "heads" or heads[2] % t.BN == 0, "a program's rows are of one head"
         first = max(1 << (k.bit_length() - 1), 16 * t.warps)
         rest = 0 if k <= first else max(triton.next_power_of_2(k - first), 16 * t.warps)
         burst_kernel[(triton.cdiv(n, t.BN), triton.cdiv(m, TOKENS))](
@@ -235,6 +244,7 @@ class Ops:
         heads: tuple[int, int, int, bool] = NO_HEADS, count: int = 0,
     ) -> None:  # fmt: skip
         (n, k), m = _shape(weight), len(x)
+        assert use != "heads" or (heads[2] % t.BN == 0 and t.splits == 1), "a program's rows are of one head"
         weight_scale, input_scale, mode = x, x, "plain"
         if isinstance(weight, Fp8Weight):
             weight_scale = weight.scale

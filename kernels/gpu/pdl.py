@@ -1,7 +1,9 @@
-"""Programmatic dependent launch: a kernel starts while its predecessor still runs, loads weights, and then waits for it.
+"""Programmatic dependent launch: a kernel starts while its predecessors still run, loads weights, and then waits for them.
 
-Every kernel of a chain waits, and only then lets the next one start. So when a kernel starts, all before its immediate
-predecessor have finished: before `wait` it may read anything that the kernel just before it does not write.
+A kernel that calls `trigger` at its start lets the next one start as well, so several wait in a row; because every one waits,
+whoever has waited sees all that was launched before. Before its wait a kernel may read only what was written before the last
+ordinary launch (weights, and all that an earlier step or forward left) - unless its predecessor triggers after its own wait:
+then everything before that predecessor is done too.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-__all__ = ["prefetch_rows", "wait"]
+__all__ = ["prefetch_rows", "trigger", "wait"]
+
+
+@triton.jit
+def trigger(PDL: tl.constexpr):
+    """Let the next kernel start."""
+    if PDL:
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Until the kernel before has finished and its writes are visible; then the next one may start."""
+    """Until the kernels before have finished and their writes are visible."""
     if PDL:
         cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -29,7 +37,7 @@ def prefetch_rows(
 
     One bulk request a thread: rows are cut in equal pieces, so that 128 threads have one each. Requests are of whole 16 bytes.
     """
-    if PDL and stride % 16 == 0:
+    if PDL and stride % 16 == 0 and bytes_per_row % 16 == 0:
         PIECES: tl.constexpr = 128 // ROWS if ROWS < 128 else 1
         SIZE: tl.constexpr = (bytes_per_row // PIECES) // 16 * 16
         if SIZE > 0:
