@@ -105,7 +105,7 @@ def quantize(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tens
         scale = (x.abs().amax(-1) / FP8_MAX).clamp(min=_MIN_SCALE)
     else:
         scale = input_scale.expand(x.shape[:-1])
-    return (x / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return (x * (1.0 / scale)[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -243,9 +243,9 @@ def attention(
 
 def norm_attention(
     x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
-    cos: Tensor, sin: Tensor, rule: AttentionRule,
+    cos: Tensor, sin: Tensor, rule: AttentionRule, ahead: Sequence[Weight] = (),
 ) -> Tensor:  # fmt: skip
-    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
+    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]. ahead: weights wanted soon."""
     return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
 
 

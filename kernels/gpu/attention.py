@@ -8,6 +8,7 @@ and are gathered along the path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, prefetch_share, wait
 from specdec.types import ModelInputs
 
 ROWS = 16  # query rows of a program: TILE tokens of R heads each, padded
 SPLIT = 128  # positions that a program sees
-WARPS = 4
 
 
 @triton.jit
@@ -33,10 +33,10 @@ def fold(best, total, acc, m, t, a):
 
 
 @triton.jit
-def load_split(sums, weights, at, E: tl.constexpr):
-    """What a program left: of a split that does not exist nothing is read, and nothing will be added."""
+def load_split(sums, weights, at, mask, E: tl.constexpr):
+    """What a program left of its rows; of a split that does not exist nothing is read, and nothing will be added."""
     lane, channel = tl.arange(0, 16), tl.arange(0, E)
-    there = lane * 0 + at >= 0
+    there = mask & (lane * 0 + at >= 0)
     m = tl.load(weights + at * 32 + lane, there, other=float("-inf"), cache_modifier=".cg")
     t = tl.load(weights + at * 32 + 16 + lane, there, other=0.0, cache_modifier=".cg")
     where = (at * 16 + lane)[:, None] * E + channel[None, :]
@@ -45,20 +45,26 @@ def load_split(sums, weights, at, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "C", "offset", "width", "chunk"])
 def attention_kernel(
-    q, keys, values, positions, prefix_lens, paths, sums, weights, arrived, out, T, C, offset, width, chunk,
+    q, keys, values, positions, prefix_lens, paths, sums, weights, arrived, out, largest, ahead, T, C, offset, width, chunk,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    TREE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    TREE: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr, AHEAD0: tl.constexpr, AHEAD1: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """q [B*T, H*E], keys and values [B, G, C, E] -> out [B*T, H*E]; a program owns one split of TILE tokens of one KV head.
 
-    paths int32 [B, T, width] with TREE (then TILE = 1). sums f32 [programs, 16, E] and weights f32 [programs, 2, 16] carry what
-    a split found; the last program to arrive adds the splits in order. `arrived` int32, one for each group of splits, is zero
-    before and after. Splits that hold none of this forward's keys are loaded before the wait.
+    paths int32 [B, T, width] with TREE (then TILE = 1). sums f32 [programs, 16, E] and weights f32 [programs, 2, 16] carry
+    what a split found; the last program to arrive adds the splits in order. `arrived` int32, one for each group of splits, is
+    zero before and after. LARGEST: the largest magnitude of each token's results, f32 [B*T, G]. AHEAD0, AHEAD1: bytes of the
+    weights in `ahead` to bring to the L2, each program a share. Splits that hold none of this forward's keys are loaded
+    before the wait.
     """
     R: tl.constexpr = H // G
     PAD: tl.constexpr = 16 if TREE else 16 // TILE
-    trigger(PDL)
     split, g = tl.program_id(0), tl.program_id(1)
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    index = (tl.program_id(2) * tl.num_programs(1) + g) * tl.num_programs(0) + split
+    prefetch_share(ahead[0], AHEAD0, index, programs, PDL)
+    prefetch_share(ahead[1], AHEAD1, index, programs, PDL)
     tiles = tl.cdiv(T, TILE)
     b, first = tl.program_id(2) // tiles, tl.program_id(2) % tiles * TILE
     prefix = tl.load(prefix_lens + b)
@@ -117,19 +123,38 @@ def attention_kernel(
         acc = tl.zeros((16, E), tl.float32)
         for s in range(low, high + 1, 4):  # four at a time, so that their loads overlap
             theirs = group * tl.num_programs(0) + s
-            m0, t0, a0 = load_split(sums, weights, theirs, E)
-            m1, t1, a1 = load_split(sums, weights, tl.where(s + 1 <= high, theirs + 1, -1), E)
-            m2, t2, a2 = load_split(sums, weights, tl.where(s + 2 <= high, theirs + 2, -1), E)
-            m3, t3, a3 = load_split(sums, weights, tl.where(s + 3 <= high, theirs + 3, -1), E)
+            m0, t0, a0 = load_split(sums, weights, theirs, mask, E)
+            m1, t1, a1 = load_split(sums, weights, tl.where(s + 1 <= high, theirs + 1, -1), mask, E)
+            m2, t2, a2 = load_split(sums, weights, tl.where(s + 2 <= high, theirs + 2, -1), mask, E)
+            m3, t3, a3 = load_split(sums, weights, tl.where(s + 3 <= high, theirs + 3, -1), mask, E)
             best, total, acc = fold(best, total, acc, m0, t0, a0)
             best, total, acc = fold(best, total, acc, m1, t1, a1)
             best, total, acc = fold(best, total, acc, m2, t2, a2)
             best, total, acc = fold(best, total, acc, m3, t3, a3)
-    tl.store(out + where, (acc / total[:, None]).to(dtype), mask[:, None])
+    result = (acc / total[:, None]).to(dtype)
+    tl.store(out + where, result, mask[:, None])
+    if LARGEST:
+        found = tl.where(mask, tl.max(tl.abs(result.to(tl.float32)), 1), 0.0)
+        which = first + tl.arange(0, 16 // PAD)
+        tl.store(largest + (b * T + which) * G + g, tl.max(tl.reshape(found, (16 // PAD, PAD)), 1), which < T)
 
 
-def attention(ops: Any, q: Tensor, keys: Tensor, values: Tensor, inputs: ModelInputs, chunk: int) -> Tensor:
-    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E]."""
+def attention(
+    ops: Any,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    inputs: ModelInputs,
+    chunk: int,
+    largest: Tensor | None = None,
+    ahead: Sequence[Tensor] = (),
+) -> Tensor:
+    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E]; fills largest f32 [M, G].
+
+    ahead: at most two weights that are wanted soon.
+    """
+    next_weights = [*ahead, q, q][:2]
+    sizes = [*(x.numel() * x.element_size() for x in ahead), 0, 0]
     batch, tokens = inputs.tokens.shape
     _, groups, slots, size = keys.shape
     heads = q.shape[1] // size
@@ -144,8 +169,8 @@ def attention(ops: Any, q: Tensor, keys: Tensor, values: Tensor, inputs: ModelIn
     paths = inputs.paths.contiguous() if inputs.paths is not None else inputs.prefix_lens
     attention_kernel[grid](
         q, keys, values, inputs.positions.contiguous(), inputs.prefix_lens, paths, sums, weights, ops.arrived, out,
-        tokens, slots, inputs.offset, paths.shape[-1], chunk,
-        H=heads, G=groups, E=size, TILE=per_program, SPLIT=SPLIT, TREE=tree, CHUNK=chunk > 0,
-        num_warps=WARPS, **ops.launch(),
+        sums if largest is None else largest, tuple(next_weights), tokens, slots, inputs.offset, paths.shape[-1], chunk,
+        H=heads, G=groups, E=size, TILE=per_program, SPLIT=SPLIT, TREE=tree, CHUNK=chunk > 0, LARGEST=largest is not None, AHEAD0=sizes[0], AHEAD1=sizes[1],
+        num_warps=4 if size <= 64 else 8, **ops.launch(),
     )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.pdl import trigger, wait
+from specdec.kernels.gpu.pdl import wait
 from specdec.kernels.reference import AttentionRule
 from specdec.types import ModelInputs
 
@@ -80,7 +80,6 @@ def rotate_kernel(
 
     NORM: "weighted" by q_norm and k_norm f32 [E] before the rotation, "unit" without weight behind it, or "none".
     """
-    trigger(PDL)
     head, tokens = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
     mask = (tokens < M)[None, :]
     row, channel = head * E, tl.arange(0, E // 2)

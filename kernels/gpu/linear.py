@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from specdec.kernels.gpu.heads import halves, load_places, store_head
-from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, wait
 
 MIN_SCALE = tl.constexpr(2.0**-100)  # a token of zeros has a scale too
 TOKENS = 16  # columns of a program: one shape of the matrix instruction, whatever M is
@@ -34,12 +34,17 @@ def swiglu(acc, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def store_swiglu(out, acc, row, tokens, M, N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
-    """silu(gate) * up of the rows from `row` on: out [M, N / 2]."""
+def store_swiglu(
+    out, largest, acc, row, tokens, mine, N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, LARGEST: tl.constexpr
+):
+    """silu(gate) * up of the rows from `row` on: out [M, N / 2]; their largest magnitude by token: largest [M, N / BN]."""
     pairs = row // 2 + tl.arange(0, BN // 2)
     at = tokens[None, :] * (N // 2) + pairs[:, None]
     y = swiglu(acc, BN, BM).to(out.dtype.element_ty)
-    tl.store(out + at, y, (pairs < N // 2)[:, None] & (tokens < M)[None, :])
+    tl.store(out + at, y, (pairs < N // 2)[:, None] & mine[None, :])
+    if LARGEST:
+        found = tl.max(tl.where((pairs < N // 2)[:, None], tl.abs(y.to(tl.float32)), 0.0), 0)
+        tl.store(largest + tokens * tl.cdiv(N, BN) + row // BN, found, mine)
 
 
 @triton.jit
@@ -72,7 +77,6 @@ def burst_kernel(
     "add" (stream f32 [M, N]); "ready" (stream; stream * norm as the next product wants it; norm f32 [N]; each program's
     share of the stream's squares f32 [M, programs]).
     """
-    trigger(PDL)
     row = tl.program_id(0) * BN
     rows = row + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -111,7 +115,7 @@ def burst_kernel(
     if USE == "store":
         tl.store(extra[0] + at, y, mask)
     if USE == "swiglu":
-        store_swiglu(extra[0], y, row, tokens, M, N, BN, BM)
+        store_swiglu(extra[0], extra[0], y, row, tokens, tokens < M, N, BN, BM, False)
     if USE == "heads":
         a, b = halves(y, BN, BM)
         store_head(extra, a, b, c, s, factor, slot, row // E, row, tokens, M, H, G, E, BN // 2)
@@ -124,17 +128,14 @@ def burst_kernel(
 
 
 @triton.jit
-def token_scale(x, input_scale, tokens, M, K: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, STATIC: tl.constexpr):
-    """FP8 scale of each token: the checkpoint's, or largest magnitude / 448. f32 [BM]."""
+def token_scale(largest, input_scale, tokens, M, PARTS: tl.constexpr, STATIC: tl.constexpr):
+    """FP8 scale of each token: the checkpoint's, or its largest magnitude / 448. largest f32 [M, PARTS] -> f32 [BM]."""
     if STATIC:
-        return tl.load(input_scale) + tl.zeros((BM,), dtype=tl.float32)
-    largest = tl.zeros((BM,), dtype=tl.float32)
-    for k in range(0, K, BQ):
-        cols = k + tl.arange(0, BQ)
-        mask = (cols < K)[:, None] & (tokens < M)[None, :]
-        h = tl.load(x + tokens[None, :] * K + cols[:, None], mask, other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(h.to(tl.float32)), 0))
-    return tl.maximum(largest / 448.0, MIN_SCALE)
+        return tl.load(input_scale) + tl.zeros(tokens.shape, dtype=tl.float32)
+    part = tl.arange(0, triton.next_power_of_2(PARTS))
+    mask = (tokens < M)[:, None] & (part < PARTS)[None, :]
+    found = tl.load(largest + tokens[:, None] * PARTS + part[None, :], mask, other=0.0)
+    return tl.maximum(tl.max(found, 1) / 448.0, MIN_SCALE)
 
 
 @triton.jit
@@ -145,19 +146,19 @@ def to_fp8(x):
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    x, x_scale, input_scale, weight, weight_scale, extra, M,
+    x, x_scale, input_scale, weight, weight_scale, extra, M, LARGEST: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, S: tl.constexpr, INPUT: tl.constexpr, USE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times weight [N, K] with scale a row for e4m3, in turns of BK inputs.
 
-    INPUT: "plain" (weights' dtype), "scaled" (e4m3 with x_scale f32 [M]), "static" or "dynamic" (rounded to e4m3 here).
+    INPUT: "plain" (weights' dtype), "scaled" (e4m3 with x_scale f32 [M]), or rounded to e4m3 here: "static" by input_scale,
+    "dynamic" by the largest magnitudes of each token, x_scale f32 [M, LARGEST]. Then "swiglu" leaves those of its results, too.
     USE with `extra`: "store" (out f32 [S, M, N]); "swiglu" and "heads" as in burst_kernel, S = 1; "add" (stream f32 [M, N],
     pending f32 [P, M, N], out f32 [S, M, N]): pending sums go into the stream, and so does the product if S = 1; the parts of
     S > 1 are left in out.
     """
-    trigger(PDL)
     row, part, first = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2) * BM
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     span: tl.constexpr = K // S
@@ -170,7 +171,8 @@ def linear_kernel(
         c, s, factor, slot = load_places(extra, row, tokens, M, E, BN // 2, ROPE)
     wait(PDL)
     if quantised:
-        scale = token_scale(x, input_scale, tokens, M, K, BM, BQ, INPUT == "static")
+        scale = token_scale(x_scale, input_scale, tokens, M, LARGEST, INPUT == "static")
+        inverse = 1.0 / scale
     elif INPUT == "scaled":
         scale = tl.load(x_scale + tokens, tokens < M, other=0.0)
     for k in range(0, span, BK):
@@ -178,7 +180,7 @@ def linear_kernel(
         inside = k + tl.arange(0, BK) < span
         h = tl.load(x + tokens[None, :] * K + cols[:, None], inside[:, None] & here, other=0.0)
         if quantised:
-            h = to_fp8(h.to(tl.float32) / scale[None, :])
+            h = to_fp8(h.to(tl.float32) * inverse[None, :])
         w = tl.load(weight + rows[:, None] * K + cols[None, :], (rows < N)[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(w, h, acc, input_precision="ieee")
     if INPUT != "plain":
@@ -188,7 +190,7 @@ def linear_kernel(
     if USE == "store":
         tl.store(extra[0] + part * M * N + at, acc, mask)
     if USE == "swiglu":
-        store_swiglu(extra[0], acc, row, tokens, M, N, BN, BM)
+        store_swiglu(extra[0], extra[1], acc, row, tokens, tokens < M, N, BN, BM, INPUT != "plain")
     if USE == "heads":
         a, b = halves(acc, BN, BM)
         store_head(extra, a, b, c, s, factor, slot, row // E, row, tokens, M, H, G, E, BN // 2)

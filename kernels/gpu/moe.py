@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.linear import TOKENS, swiglu, to_fp8, token_scale
+from specdec.kernels.gpu.linear import TOKENS, store_swiglu, to_fp8, token_scale
 from specdec.kernels.gpu.norm import add_norm_kernel
-from specdec.kernels.gpu.pdl import prefetch_rows, trigger, wait
+from specdec.kernels.gpu.pdl import prefetch_rows, wait
 from specdec.kernels.gpu.table import tile
 from specdec.kernels.reference import FP8, Experts, Fp8Weight, Weight
 
@@ -36,13 +36,12 @@ def router_kernel(
     cols, tokens = tl.arange(0, BLOCK), first + tl.arange(0, BM)
     w = tl.load(router + row * K + cols, cols < K, other=0.0).to(tl.float32)
     wait(PDL)
-    trigger(PDL)  # not earlier: the next kernel reads h before its wait
     x = tl.load(h + tokens[:, None] * K + cols[None, :], (tokens < M)[:, None] & (cols < K)[None, :], other=0.0)
     tl.store(logits + tokens * X + row, tl.sum(x.to(tl.float32) * w[None, :], 1), tokens < M)
     if STATIC:
         scale = tl.load(input_scale)
         for token in range(first + row, tl.minimum(first + BM, M), X):
-            rounded = to_fp8(tl.load(h + token * K + cols, cols < K, other=0.0).to(tl.float32) / scale)
+            rounded = to_fp8(tl.load(h + token * K + cols, cols < K, other=0.0).to(tl.float32) * (1.0 / scale))
             tl.store(quantised + token * K + cols, rounded, cols < K)
             tl.store(scales + token, scale)
 
@@ -76,7 +75,7 @@ def product(
             x + tokens[None, :] * K + cols[:, None], inside[:, None] & mine[None, :], other=0.0, cache_modifier=".cg"
         )
         if ROUND:
-            h = to_fp8(h.to(tl.float32) / scale[None, :])
+            h = to_fp8(h.to(tl.float32) * (1.0 / scale)[None, :])
         w = tl.load(weight + rows[:, None] * K + cols[None, :], (rows < N)[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(w, h, acc, input_precision="ieee")
     return acc
@@ -84,23 +83,21 @@ def product(
 
 @triton.jit
 def activation(
-    x, x_scale, weight, weight_scale, out, row, tokens, mine, score,
+    x, x_scale, weight, weight_scale, out, largest, row, tokens, mine, score,
     N: tl.constexpr, K: tl.constexpr, QUANTISED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """silu(score * gate) * score * up of BN alternating rows, for the columns that are `mine`: out [M, N / 2]."""
-    rows, pairs = row + tl.arange(0, BN), row // 2 + tl.arange(0, BN // 2)
+    rows = row + tl.arange(0, BN)
     acc = product(x, score, weight, rows, tokens, mine, 0, N, K, K, False, BN, BK, BM)
     if QUANTISED:
         scale = tl.load(x_scale + tokens, mine, other=0.0, cache_modifier=".cg")
         acc *= tl.load(weight_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
-    acc = swiglu(acc * score[None, :], BN, BM)
-    at = tokens[None, :] * (N // 2) + pairs[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), (pairs < N // 2)[:, None] & mine[None, :])
+    store_swiglu(out, largest, acc * score[None, :], row, tokens, mine, N, BN, BM, QUANTISED)
 
 
 @triton.jit(do_not_specialize=["M"])
 def expert_gate_up_kernel(
-    x, x_scale, logits, forced, weight, weight_scale, shared, shared_scale, experts, out, M,
+    x, x_scale, logits, forced, weight, weight_scale, shared, shared_scale, experts, out, largest, M,
     N: tl.constexpr, K: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
     QUANTISED: tl.constexpr, STATIC: tl.constexpr, FORCED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
@@ -118,15 +115,28 @@ def expert_gate_up_kernel(
         score = tl.full((BM,), 1.0, tl.float32)
         for first in range(0, M, BM):
             tokens = first + tl.arange(0, BM)
-            half = out + M * (N // 2)
+            half, most = out + M * (N // 2), largest + M * tl.cdiv(N, BN)
             activation(
-                x, x_scale, shared, shared_scale, half, row, tokens, tokens < M, score, N, K, QUANTISED, BN, BK, BM
+                x,
+                x_scale,
+                shared,
+                shared_scale,
+                half,
+                most,
+                row,
+                tokens,
+                tokens < M,
+                score,
+                N,
+                K,
+                QUANTISED,
+                BN,
+                BK,
+                BM,
             )
         wait(PDL)
-        trigger(PDL)
     else:
         wait(PDL)
-        trigger(PDL)  # not earlier: the next kernel reads the logits before its wait
         own = tl.sum(choose(logits, forced, slot - 1 + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
         weight += own.to(tl.int64) * (N * K)
         prefetch_rows(weight, row, K * size, K * size, BN, N, PDL)
@@ -143,22 +153,23 @@ def expert_gate_up_kernel(
             earlier += tl.sum((mine & (tokens < slot - 1)).to(tl.int32), 0)
             if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
                 scales = weight_scale + own * N
-                activation(x, x_scale, weight, scales, out, row, tokens, mine, score, N, K, QUANTISED, BN, BK, BM)
+                activation(
+                    x, x_scale, weight, scales, out, largest, row, tokens, mine, score, N, K, QUANTISED, BN, BK, BM
+                )
 
 
 @triton.jit(do_not_specialize=["M"])
 def expert_down_kernel(
-    x, logits, forced, experts, input_scale, shared_input_scale, weight, weight_scale, shared, shared_scale, out, M,
+    x, largest, logits, forced, experts, input_scale, shared_input_scale, weight, weight_scale, shared, shared_scale, out, M,
     N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
-    INPUT: tl.constexpr, FORCED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr,
+    INPUT: tl.constexpr, FORCED: tl.constexpr, LARGEST: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [2, M, K] times weight [X, N, K] of each token's expert and shared [N, K]: out f32 [2 S, M, N] partial sums.
 
-    INPUT: "plain" (weights' dtype), "static" or "dynamic" (rounded to e4m3 here). Routed parts come first. The logits are older
-    than the kernel before, so that the expert's rows can be asked for while that one runs.
+    INPUT: "plain" (weights' dtype), or rounded to e4m3 here: "static", or "dynamic" by largest f32 [2, M, LARGEST]. Routed parts
+    come first. The logits are older than the kernel before, so that the expert's rows can be asked for while that one runs.
     """
-    trigger(PDL)
     row, part, slot = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     span: tl.constexpr = K // S
@@ -171,6 +182,7 @@ def expert_down_kernel(
     prefetch_rows(shared + part * span, row, K * size, span * size, BN, N, PDL)
     wait(PDL)
     x += tl.where(slot > 0, 0, M * K)
+    largest += tl.where(slot > 0, 0, M * LARGEST)
     out += (tl.where(slot > 0, 0, S) + part) * M * N
     rows = row + tl.arange(0, BN)
     earlier = 0
@@ -183,7 +195,7 @@ def expert_down_kernel(
         if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
             scale = tl.full((BM,), 1.0, tl.float32)
             if INPUT != "plain":
-                scale = token_scale(x, shared_input_scale, tokens, M, K, BM, BQ, INPUT == "static")
+                scale = token_scale(largest, shared_input_scale, tokens, M, LARGEST, INPUT == "static")
             acc = product(x, scale, shared, rows, tokens, mine, part * span, N, K, span, INPUT != "plain", BN, BK, BM)
             if INPUT != "plain":
                 acc *= tl.load(shared_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
@@ -221,28 +233,32 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
     inner = torch.empty((2, m, rows // 2), dtype=h.dtype, device=x.device)
     chosen = torch.empty(m, dtype=torch.int32, device=x.device)
     t = tile("expert_gate_up", rows, hidden, _data(gate_up).element_size())
+    largest = torch.empty((2, m, triton.cdiv(rows, t.BN)), device=x.device)
     expert_gate_up_kernel[(triton.cdiv(rows, t.BN), m + 1)](
         h if mode == "plain" else quantised, scales, logits, chosen if experts.forced is None else experts.forced,
-        _data(gate_up), _scale(gate_up), _data(experts.shared_gate_up), _scale(experts.shared_gate_up), chosen, inner, m,
+        _data(gate_up), _scale(gate_up), _data(experts.shared_gate_up), _scale(experts.shared_gate_up),
+        chosen, inner, largest, m,
         N=rows, K=hidden, X=num_experts, XP=triton.next_power_of_2(num_experts),
         QUANTISED=mode != "plain", STATIC=mode == "static", FORCED=experts.forced is not None,
         BN=t.BN, BK=t.BK, BM=TOKENS, **ops.launch(t),
     )  # fmt: skip
-    ops.pending = (x, _down(ops, inner, logits, chosen, experts, mode))
+    ops.pending = (x, _down(ops, inner, largest, logits, chosen, experts, mode))
 
 
-def _down(ops: Any, inner: Tensor, logits: Tensor, chosen: Tensor, experts: Experts, mode: str) -> Tensor:
+def _down(
+    ops: Any, inner: Tensor, largest: Tensor, logits: Tensor, chosen: Tensor, experts: Experts, mode: str
+) -> Tensor:
     """Partial sums f32 [2 S, M, H] of inner [2, M, I]."""
     (m, k), (num_experts, n, _) = inner.shape[1:], _data(experts.down).shape
     t = tile("expert_down", n, k, _data(experts.down).element_size())
     out = torch.empty((2 * t.splits, m, n), device=inner.device)
     expert_down_kernel[(triton.cdiv(n, t.BN), t.splits, m + 1)](
-        inner, logits, chosen if experts.forced is None else experts.forced, chosen,
+        inner, largest, logits, chosen if experts.forced is None else experts.forced, chosen,
         _input_scale(experts.down, logits), _input_scale(experts.shared_down, logits),
         _data(experts.down), _scale(experts.down), _data(experts.shared_down), _scale(experts.shared_down), out, m,
         N=n, K=k, S=t.splits, X=num_experts, XP=triton.next_power_of_2(num_experts),
         INPUT=mode, FORCED=experts.forced is not None,
-        BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256), **ops.launch(t),
+        LARGEST=largest.shape[-1], BN=t.BN, BK=t.BK, BM=TOKENS, **ops.launch(t),
     )  # fmt: skip
     return out
 

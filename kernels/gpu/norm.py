@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from specdec.kernels.gpu.linear import MIN_SCALE, pending_sum, to_fp8
-from specdec.kernels.gpu.pdl import trigger, wait
+from specdec.kernels.gpu.pdl import wait
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -19,7 +19,6 @@ def add_norm_kernel(
     PLAIN "normed": RMSNorm in the compute dtype; "raw": x * norm, with the sum of squares f32 [M] for whoever scales later; or
     "no". QUANTISE: RMSNorm as e4m3, "static" by the checkpoint's scale or "dynamic" by largest magnitude / 448; or "no".
     """
-    trigger(PDL)
     token = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < K
@@ -43,7 +42,7 @@ def add_norm_kernel(
         else:
             scale = tl.maximum(tl.max(tl.abs(h), 0) / 448.0, MIN_SCALE)
         if QUANTISE != "no":
-            tl.store(quantised + at, to_fp8(h / scale), mask)
+            tl.store(quantised + at, to_fp8(h * (1.0 / scale)), mask)
             tl.store(scales + token, scale)
 
 
@@ -52,7 +51,6 @@ def embed_kernel(
     tokens, table, norm, x, ready, squares, M, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """Rows of the embedding table [V, K] as the stream f32 [M, K], and as the first product takes it ("raw" above)."""
-    trigger(PDL)
     token = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < K
@@ -68,7 +66,6 @@ def embed_kernel(
 @triton.jit(do_not_specialize=["size", "stride"])
 def add_kernel(x, pending, size, stride, P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """x f32 [size] += pending f32 [P, stride], in order: for whoever reads the stream itself."""
-    trigger(PDL)
     wait(PDL)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size

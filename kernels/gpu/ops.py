@@ -7,7 +7,7 @@ elsewhere calls `flush` first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class Ops:
         self.device = device
         self.pending: tuple[Tensor, Tensor] | None = None  # a stream, and what it lacks: f32 [P, M, K]
         self.ready: Ready | None = None
+        self.largest: tuple[Tensor, ...] = ()  # activations, and their largest magnitudes by token f32 [M, parts]
         self.arrived = torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
     def pack(self, weight: Weight, swiglu: bool = False) -> Weight:
@@ -122,12 +123,17 @@ class Ops:
             product: Tensor = F.silu(pairs[..., 0]) * pairs[..., 1]
             return product.to(dtype)
         out = torch.empty((len(x), _shape(weight)[0] // 2), dtype=dtype, device=x.device)
-        self._norm_product(x, norm, eps, weight, "swiglu", (out,))
+        extra: tuple[Tensor, ...] = (out,)
+        if isinstance(weight, Fp8Weight):
+            t = tile("norm", *_shape(weight), 1)
+            extra = out, out.new_empty((len(x), triton.cdiv(len(weight.data), t.BN)), dtype=torch.float32)
+            self.largest = extra
+        self._norm_product(x, norm, eps, weight, "swiglu", extra)
         return out
 
     def norm_attention(
         self, x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
-        cos: Tensor, sin: Tensor, rule: AttentionRule,
+        cos: Tensor, sin: Tensor, rule: AttentionRule, ahead: Sequence[Weight] = (),
     ) -> Tensor:  # fmt: skip
         """RMSNorm, the QKV product, rotary embedding, KV append, attention: f32 [M, K] -> [M, H*E]; cache [B, G, S, E]."""
         groups, size = keys.shape[1], keys.shape[3]
@@ -146,7 +152,12 @@ class Ops:
             rotate(self, self.norm_linear(x, norm, eps, weight), where, rule, heads, groups)
         else:
             self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
-        return attention(self, queries, keys, values, inputs, rule.chunk)
+        largest = None if isinstance(weight, Tensor) else torch.empty((len(x), groups), device=x.device)
+        soon = [_data(w) for w in ahead] if len(x) <= TOKENS_EXACT else []
+        out = attention(self, queries, keys, values, inputs, rule.chunk, largest, soon)
+        if largest is not None:
+            self.largest = out, largest
+        return out
 
     def add_linear(self, residual: Tensor, x: Tensor, weight: Weight, norm: Tensor | None = None) -> None:
         """residual f32 [M, N] += x [M, K] @ weight.T; some of it may stay pending. norm: what the stream meets next."""
@@ -245,15 +256,19 @@ class Ops:
     ) -> None:  # fmt: skip
         (n, k), m = _shape(weight), len(x)
         assert use != "heads" or (heads[2] % t.BN == 0 and t.splits == 1), "a program's rows are of one head"
-        weight_scale, input_scale, mode = x, x, "plain"
+        weight_scale, input_scale, mode, parts = x, x, "plain", 1
         if isinstance(weight, Fp8Weight):
             weight_scale = weight.scale
             input_scale = x if weight.input_scale is None else weight.input_scale
             mode = "scaled" if scale is not None else "dynamic" if weight.input_scale is None else "static"
+        if mode == "dynamic":
+            known = len(self.largest) == 2 and self.largest[0] is x
+            scale = self.largest[1] if known else x.abs().amax(-1, keepdim=True).float()
+            parts = scale.shape[1]
         linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, TOKENS))](
-            x, x if scale is None else scale, input_scale, _data(weight), weight_scale, extra, m,
+            x, x if scale is None else scale, input_scale, _data(weight), weight_scale, extra, m, LARGEST=parts,
             N=n, K=k, P=count, S=t.splits, INPUT=mode, USE=use, H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3],
-            BN=t.BN, BK=t.BK, BM=TOKENS, BQ=min(triton.next_power_of_2(k), 256), **self.launch(t),
+            BN=t.BN, BK=t.BK, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
 
     def _long(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
