@@ -243,9 +243,9 @@ def attention(
 
 def norm_attention(
     x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
-    cos: Tensor, sin: Tensor, rule: AttentionRule, ahead: Sequence[Weight] = (),
+    cos: Tensor, sin: Tensor, rule: AttentionRule,
 ) -> Tensor:  # fmt: skip
-    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]. ahead: weights wanted soon."""
+    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
     return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
 
 

@@ -78,7 +78,7 @@ def quantized(tensors: Tensors, per_tensor: bool = False, skip: str = "$^") -> T
             continue
         dims = (-2, -1) if per_tensor else (-1,)
         scale = value.float().abs().amax(dims, keepdim=True) / 448
-        made[name] = (value.float() / scale).clamp(-448, 448).to(FP8)
+        made[name] = (value.float() * (1.0 / scale)).clamp(-448, 448).to(FP8)
         made[f"{name}_scale"] = scale.expand(*value.shape[:-1], 1).squeeze(-1).contiguous()
         if per_tensor:
             made[name.removesuffix("weight") + "input_scale"] = torch.tensor(0.01 + len(made) / 1000)

@@ -86,7 +86,7 @@ def test_help_is_worth_reading(specdec: CommandLine) -> None:
     assert done.code == 0
     for line in (
         "drafter: layer_skip, ngram, none, small_model, suffix, token_recycling",
-        "target: huggingface, llama, smollm2, toy",
+        "target: huggingface, llama, maverick, smollm2, toy",
         "verifier: block, rrs, speculative_sampling, target_only, traversal, typical",
         "max_new_tokens: 128",
     ):

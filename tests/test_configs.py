@@ -56,6 +56,7 @@ def needed(group: str, name: str, checkpoint: Path) -> list[str]:
     """Values for the keys that have none of their own."""
     values = {
         "target/llama": [f"target.checkpoint={checkpoint}"],
+        "target/maverick": [f"target.checkpoint={checkpoint}"],
         "target/huggingface": [f"target.checkpoint={checkpoint}"],
         "drafter/small_model": ["target@drafter.model=toy"],
         "dataset/jsonl": ["dataset.path=some.jsonl"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.projection.measured import load_measured
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # its files import one another as scripts do
 bench, report, cpu_decoding = (importlib.import_module(name) for name in ("_bench", "_cpu_report", "cpu_decoding"))
 forward = importlib.import_module("_forward")
 gpu_decoding, maverick_shard = (importlib.import_module(name) for name in ("gpu_decoding", "maverick_shard"))

@@ -99,7 +99,10 @@ def wrong_shape(folder: Path) -> None:
         (remove, ["tiny has no weights", "safetensors only"]),
         (pickle_only, ["tiny has only pytorch_model.bin", "safetensors only: convert it"]),
         (without_config, ["tiny has no config.json: name a whole"]),
-        (another_model, ["'mamba' is not one this runtime computes (llama)", "target=huggingface"]),
+        (
+            another_model,
+            ["'mamba' is not one this runtime computes (llama, qwen3, llama4, llama4_text)", "target=huggingface"],
+        ),
         (half_a_config, ["config.json is not valid JSON", "fetch the checkpoint again"]),
         (one_nan, ["model.norm.weight holds NaN", "the checkpoint is corrupt, fetch it again"]),
         (one_missing, ["lacks model.norm.weight"]),

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import interpreter
 import pytest
 import torch
-from cross_compile import Job, compile_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +19,7 @@ from specdec.kernels import reference
 from specdec.kernels.gpu import moe as gpu_moe
 from specdec.kernels.gpu.ops import Ops
 from specdec.kernels.gpu.table import Tile
+from specdec.kernels.gpu.weights import interleave
 from specdec.kernels.reference import Experts, Fp8Weight, Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +69,7 @@ def stream(tokens: int, hidden: int = SIZES[0], seed: int = 1) -> tuple[Tensor, 
 
 def packed(experts: Experts) -> Experts:
     """As the kernels take them."""
-    gate_up, shared = (gpu_moe.interleave(weight) for weight in (experts.gate_up, experts.shared_gate_up))
+    gate_up, shared = (interleave(weight) for weight in (experts.gate_up, experts.shared_gate_up))
     return replace(experts, gate_up=gate_up, shared_gate_up=shared)
 
 
@@ -158,7 +157,7 @@ def test_a_token_does_not_see_the_others(kind: str) -> None:
 def test_interleave() -> None:
     rows = torch.arange(6.0).view(1, 6, 1).expand(2, 6, 3)
     weight = Fp8Weight(rows.to(torch.float8_e4m3fn), rows[..., 0].clone())
-    packed = gpu_moe.interleave(weight)
+    packed = interleave(weight)
     assert isinstance(packed, Fp8Weight)
     assert packed.scale.tolist() == [[0, 3, 1, 4, 2, 5]] * 2
     assert packed.data.float().is_contiguous()
@@ -169,54 +168,3 @@ def test_mixed_experts_are_refused() -> None:
     experts, x = experts_of("dynamic"), stream(1)
     with pytest.raises(ValueError, match="dynamic and plain"):
         run(*x, replace(experts, shared_down=experts_of("bf16").shared_down))
-
-
-# ---- compiled --------------------------------------------------------------------------------------------------------
-
-
-def job(kernel: str, arch: int, pointers: str, tile: Tile, **constexprs: Any) -> Job:
-    """`pointers`: name:type of each, in any order. Triton writes e4m3 as fp8e4nv."""
-    signature = {name: f"*{kind}" for name, kind in (word.split(":") for word in pointers.split())}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": True}
-    return Job("specdec.kernels.gpu.moe", kernel, signature | {"M": "i32"}, constexprs | {"PDL": True}, arch, options)
-
-
-def maverick_jobs(arch: int, *tiles: Tile) -> list[Job]:
-    """The kernels with FP8 weights, those of the experts with dynamic scales and once for each tile."""
-    eight, scales = "fp8e4nv", "weight_scale:fp32 shared_scale:fp32"
-    router = f"h:bf16 router:bf16 logits:fp32 quantised:{eight} scales:fp32 input_scale:fp32"
-    common = f"logits:fp32 forced:i32 weight:{eight} shared:{eight} experts:i32 {scales}"
-    gate_up = f"x:{eight} x_scale:fp32 out:bf16 {common}"
-    down = f"x:bf16 input_scale:fp32 shared_input_scale:fp32 out:fp32 {common}"
-    sizes = {"X": 128, "XP": 128, "FORCED": False, "BM": 16}
-    jobs = [job("router_kernel", arch, router, Tile(1, 8192, warps=8), X=128, K=5120, STATIC=True, BM=4, BLOCK=8192)]
-    for t in tiles:
-        rows = {"BN": t.BN, "BK": t.BK, **sizes}
-        jobs.append(
-            job("expert_gate_up_kernel", arch, gate_up, t, **rows, N=2048, K=5120, QUANTISED=True, STATIC=False)
-        )
-        jobs.append(job("expert_down_kernel", arch, down, t, **rows, N=5120, K=1024, S=1, INPUT="dynamic", BQ=256))
-    return jobs
-
-
-@pytest.mark.slow
-def test_compiles_for_maverick() -> None:
-    """One rank of eight: nothing spilled, whole 16 bytes of the weights at a time, and as much as can be before the wait."""
-    jobs = maverick_jobs(90, Tile(32, 256), Tile(64, 128)) + maverick_jobs(100, Tile(64, 128))
-    for task, found in zip(jobs, compile_kernels(jobs), strict=True):
-        usage = (
-            f"sm_{task.arch} {task.kernel} {task.constexprs}: {found.registers} registers, {found.shared} bytes shared"
-        )
-        assert found.spills == 0, usage
-        waits = [text.split("griddepcontrol.")[0] for text in found.ptx.split("griddepcontrol.wait")]
-        if task.kernel == "expert_gate_up_kernel":
-            assert len(waits) == 3, "the shared expert waits by itself, behind its product"
-        else:
-            assert len(waits) == 2, usage
-            assert "ld.global" in waits[0], "weights or logits before the wait"
-        assert found.ptx.count("griddepcontrol.launch_dependents") == len(waits) - 1, usage
-        if task.kernel != "router_kernel":
-            assert "cp.async.bulk.prefetch.L2" in found.ptx, usage
-            assert "cp.async.cg.shared.global" in found.ptx, usage
-            matrix = "mma.sync" if task.constexprs["BN"] < 64 else "wgmma.mma" if task.arch == 90 else "tcgen05.mma"
-            assert matrix in found.ptx, usage

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cross_compile import Job, compile_kernels
+from _cross_compile import Job, compile_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -62,9 +62,9 @@ def attention(
 
 def norm_attention(
     x: Tensor, norm: Tensor, eps: float, weight: PackedLinear, keys: Tensor, values: Tensor, inputs: ModelInputs,
-    cos: Tensor, sin: Tensor, rule: AttentionRule, ahead: Sequence[PackedLinear] = (),
+    cos: Tensor, sin: Tensor, rule: AttentionRule,
 ) -> Tensor:  # fmt: skip
-    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]. ahead: weights wanted soon."""
+    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
     return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
 
 

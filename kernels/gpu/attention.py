@@ -8,7 +8,6 @@ and are gathered along the path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.pdl import prefetch_rows, prefetch_share, wait
+from specdec.kernels.gpu.pdl import wait
 from specdec.types import ModelInputs
 
 ROWS = 16  # query rows of a program: TILE tokens of R heads each, padded
@@ -45,26 +44,21 @@ def load_split(sums, weights, at, mask, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "C", "offset", "width", "chunk"])
 def attention_kernel(
-    q, keys, values, positions, prefix_lens, paths, sums, weights, arrived, out, largest, ahead, T, C, offset, width, chunk,
+    q, keys, values, positions, prefix_lens, paths, sums, weights, arrived, out, largest, T, C, offset, width, chunk,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    TREE: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr, AHEAD0: tl.constexpr, AHEAD1: tl.constexpr,
+    TREE: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """q [B*T, H*E], keys and values [B, G, C, E] -> out [B*T, H*E]; a program owns one split of TILE tokens of one KV head.
 
     paths int32 [B, T, width] with TREE (then TILE = 1). sums f32 [programs, 16, E] and weights f32 [programs, 2, 16] carry
     what a split found; the last program to arrive adds the splits in order. `arrived` int32, one for each group of splits, is
-    zero before and after. LARGEST: the largest magnitude of each token's results, f32 [B*T, G]. AHEAD0, AHEAD1: bytes of the
-    weights in `ahead` to bring to the L2, each program a share. Splits that hold none of this forward's keys are loaded
-    before the wait.
+    zero before and after. LARGEST: the largest magnitude of each token's results, f32 [B*T, G]. Splits that hold none of this
+    forward's keys are loaded before the wait.
     """
     R: tl.constexpr = H // G
     PAD: tl.constexpr = 16 if TREE else 16 // TILE
     split, g = tl.program_id(0), tl.program_id(1)
-    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    index = (tl.program_id(2) * tl.num_programs(1) + g) * tl.num_programs(0) + split
-    prefetch_share(ahead[0], AHEAD0, index, programs, PDL)
-    prefetch_share(ahead[1], AHEAD1, index, programs, PDL)
     tiles = tl.cdiv(T, TILE)
     b, first = tl.program_id(2) // tiles, tl.program_id(2) % tiles * TILE
     prefix = tl.load(prefix_lens + b)
@@ -90,10 +84,6 @@ def attention_kernel(
     there = (at <= last)[:, None]
     own = split * SPLIT + SPLIT > (prefix if TREE else prefix + offset)  # a tree's slots say nothing of positions
     if own:
-        begin = (b * G + g).to(tl.int64) * C + split * SPLIT
-        size: tl.constexpr = E * keys.dtype.element_ty.primitive_bitwidth // 8
-        prefetch_rows(keys, begin, size, size, SPLIT, begin + SPLIT, PDL)
-        prefetch_rows(values, begin, size, size, SPLIT, begin + SPLIT, PDL)
         wait(PDL)
     dtype: tl.constexpr = out.dtype.element_ty
     k = tl.load(keys + slot, there, other=0.0, cache_modifier=".cg").to(dtype)
@@ -147,14 +137,8 @@ def attention(
     inputs: ModelInputs,
     chunk: int,
     largest: Tensor | None = None,
-    ahead: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E]; fills largest f32 [M, G].
-
-    ahead: at most two weights that are wanted soon.
-    """
-    next_weights = [*ahead, q, q][:2]
-    sizes = [*(x.numel() * x.element_size() for x in ahead), 0, 0]
+    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E]; fills largest f32 [M, G]."""
     batch, tokens = inputs.tokens.shape
     _, groups, slots, size = keys.shape
     heads = q.shape[1] // size
@@ -169,8 +153,8 @@ def attention(
     paths = inputs.paths.contiguous() if inputs.paths is not None else inputs.prefix_lens
     attention_kernel[grid](
         q, keys, values, inputs.positions.contiguous(), inputs.prefix_lens, paths, sums, weights, ops.arrived, out,
-        sums if largest is None else largest, tuple(next_weights), tokens, slots, inputs.offset, paths.shape[-1], chunk,
-        H=heads, G=groups, E=size, TILE=per_program, SPLIT=SPLIT, TREE=tree, CHUNK=chunk > 0, LARGEST=largest is not None, AHEAD0=sizes[0], AHEAD1=sizes[1],
+        sums if largest is None else largest, tokens, slots, inputs.offset, paths.shape[-1], chunk,
+        H=heads, G=groups, E=size, TILE=per_program, SPLIT=SPLIT, TREE=tree, CHUNK=chunk > 0, LARGEST=largest is not None,
         num_warps=4 if size <= 64 else 8, **ops.launch(),
     )  # fmt: skip
     return out

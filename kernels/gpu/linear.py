@@ -67,7 +67,7 @@ def input_piece(x, tokens, first, M, K, SIZE: tl.constexpr, WAYS: tl.constexpr):
 def burst_kernel(
     x, squares, weight, extra, M, eps,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, USE: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr, WARM: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr,
     BN: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, WAYS: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times weight [N, K] where a program's weights fit its registers: loaded in one burst before the wait.
@@ -91,10 +91,6 @@ def burst_kernel(
     if USE == "ready":
         gain = tl.load(extra[2] + rows, rows < N, other=0.0)
     acc = tl.zeros((WAYS, BN, BM), dtype=tl.float32)
-    if WARM:  # multiplied by nothing, the weights come to lie as the matrix unit wants them before there is any input
-        acc = tl.dot(w0, input_piece(x, tokens, 0, 0, K, K0, WAYS), acc, input_precision="ieee")
-        if K1 > 0:
-            acc = tl.dot(w1, input_piece(x, tokens, K0, 0, K, K1, WAYS), acc, input_precision="ieee")
     wait(PDL)
     x0 = input_piece(x, tokens, 0, M, K, K0, WAYS)  # all loads first: each would cost its whole latency again
     if K1 > 0:

@@ -18,7 +18,8 @@ from specdec.kernels.gpu.linear import TOKENS, store_swiglu, to_fp8, token_scale
 from specdec.kernels.gpu.norm import add_norm_kernel
 from specdec.kernels.gpu.pdl import prefetch_rows, wait
 from specdec.kernels.gpu.table import tile
-from specdec.kernels.reference import FP8, Experts, Fp8Weight, Weight
+from specdec.kernels.gpu.weights import data, input_scale, row_scale
+from specdec.kernels.reference import FP8, Experts
 
 ROUTED = 4  # tokens of a router program
 
@@ -117,23 +118,8 @@ def expert_gate_up_kernel(
             tokens = first + tl.arange(0, BM)
             half, most = out + M * (N // 2), largest + M * tl.cdiv(N, BN)
             activation(
-                x,
-                x_scale,
-                shared,
-                shared_scale,
-                half,
-                most,
-                row,
-                tokens,
-                tokens < M,
-                score,
-                N,
-                K,
-                QUANTISED,
-                BN,
-                BK,
-                BM,
-            )
+                x, x_scale, shared, shared_scale, half, most, row, tokens, tokens < M, score, N, K, QUANTISED, BN, BK, BM
+            )  # fmt: skip
         wait(PDL)
     else:
         wait(PDL)
@@ -167,8 +153,8 @@ def expert_down_kernel(
 ):  # fmt: skip
     """x [2, M, K] times weight [X, N, K] of each token's expert and shared [N, K]: out f32 [2 S, M, N] partial sums.
 
-    INPUT: "plain" (weights' dtype), or rounded to e4m3 here: "static", or "dynamic" by largest f32 [2, M, LARGEST]. Routed parts
-    come first. The logits are older than the kernel before, so that the expert's rows can be asked for while that one runs.
+    INPUT: "plain" (weights' dtype), or rounded to e4m3 here: "static", or "dynamic" by largest f32 [2, M, LARGEST]. Routed
+    parts come first. The logits are older than the kernel before, so that the expert's rows are asked for while it runs.
     """
     row, part, slot = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2)
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
@@ -202,18 +188,6 @@ def expert_down_kernel(
             tl.store(out + tokens[None, :] * N + rows[:, None], acc, (rows < N)[:, None] & mine[None, :])
 
 
-def interleave(weight: Weight) -> Weight:
-    """Rows [gate; up] of weights [..., 2 I, K] as gate 0, up 0, gate 1, ..., so that a program holds pairs."""
-    if isinstance(weight, Fp8Weight):
-        data = _alternate(weight.data.view(torch.uint8), -2).view(weight.data.dtype)
-        return Fp8Weight(data, _alternate(weight.scale, -1), weight.input_scale)
-    return _alternate(weight, -2)
-
-
-def _alternate(rows: Tensor, dim: int) -> Tensor:
-    return torch.stack(rows.chunk(2, dim), dim).reshape(rows.shape)
-
-
 def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
     """x f32 [M, H] += the mixture of RMSNorm(x), as partial sums that stay pending; see `reference.moe`.
 
@@ -225,18 +199,18 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
     h, quantised, scales = _normed(ops, x, norm, eps, experts, mode)
     logits = torch.empty((m, num_experts), device=x.device)
     router_kernel[(num_experts, triton.cdiv(m, ROUTED))](
-        h, experts.router, logits, quantised[-1], scales[-1], _input_scale(gate_up, scales), m,
+        h, experts.router, logits, quantised[-1], scales[-1], input_scale(gate_up, scales), m,
         X=num_experts, K=hidden, STATIC=mode == "static", BM=ROUTED, BLOCK=triton.next_power_of_2(hidden), num_warps=8,
         **ops.launch(),
     )  # fmt: skip
-    rows = _data(gate_up).shape[1]
+    rows = data(gate_up).shape[1]
     inner = torch.empty((2, m, rows // 2), dtype=h.dtype, device=x.device)
     chosen = torch.empty(m, dtype=torch.int32, device=x.device)
-    t = tile("expert_gate_up", rows, hidden, _data(gate_up).element_size())
+    t = tile("expert_gate_up", rows, hidden, data(gate_up).element_size())
     largest = torch.empty((2, m, triton.cdiv(rows, t.BN)), device=x.device)
     expert_gate_up_kernel[(triton.cdiv(rows, t.BN), m + 1)](
         h if mode == "plain" else quantised, scales, logits, chosen if experts.forced is None else experts.forced,
-        _data(gate_up), _scale(gate_up), _data(experts.shared_gate_up), _scale(experts.shared_gate_up),
+        data(gate_up), row_scale(gate_up), data(experts.shared_gate_up), row_scale(experts.shared_gate_up),
         chosen, inner, largest, m,
         N=rows, K=hidden, X=num_experts, XP=triton.next_power_of_2(num_experts),
         QUANTISED=mode != "plain", STATIC=mode == "static", FORCED=experts.forced is not None,
@@ -249,13 +223,13 @@ def _down(
     ops: Any, inner: Tensor, largest: Tensor, logits: Tensor, chosen: Tensor, experts: Experts, mode: str
 ) -> Tensor:
     """Partial sums f32 [2 S, M, H] of inner [2, M, I]."""
-    (m, k), (num_experts, n, _) = inner.shape[1:], _data(experts.down).shape
-    t = tile("expert_down", n, k, _data(experts.down).element_size())
+    (m, k), (num_experts, n, _) = inner.shape[1:], data(experts.down).shape
+    t = tile("expert_down", n, k, data(experts.down).element_size())
     out = torch.empty((2 * t.splits, m, n), device=inner.device)
     expert_down_kernel[(triton.cdiv(n, t.BN), t.splits, m + 1)](
         inner, largest, logits, chosen if experts.forced is None else experts.forced, chosen,
-        _input_scale(experts.down, logits), _input_scale(experts.shared_down, logits),
-        _data(experts.down), _scale(experts.down), _data(experts.shared_down), _scale(experts.shared_down), out, m,
+        input_scale(experts.down, logits), input_scale(experts.shared_down, logits),
+        data(experts.down), row_scale(experts.down), data(experts.shared_down), row_scale(experts.shared_down), out, m,
         N=n, K=k, S=t.splits, X=num_experts, XP=triton.next_power_of_2(num_experts),
         INPUT=mode, FORCED=experts.forced is not None,
         LARGEST=largest.shape[-1], BN=t.BN, BK=t.BK, BM=TOKENS, **ops.launch(t),
@@ -276,7 +250,7 @@ def _normed(
     quantised = torch.empty((parts, m, k), dtype=FP8, device=x.device)
     scales = torch.empty((parts, m), device=x.device)
     add_norm_kernel[(m,)](
-        x, pending, norm, h, scales, quantised, scales, _input_scale(experts.shared_gate_up, scales), m, eps,
+        x, pending, norm, h, scales, quantised, scales, input_scale(experts.shared_gate_up, scales), m, eps,
         K=k, P=count, PLAIN="normed", QUANTISE="no" if mode == "plain" else mode, BLOCK=triton.next_power_of_2(k),
         num_warps=8, **ops.launch(),
     )  # fmt: skip
@@ -298,18 +272,3 @@ def _mode(experts: Experts) -> str:
             "of them an input scale"
         )
     return modes.pop()
-
-
-def _data(weight: Weight) -> Tensor:
-    return weight if isinstance(weight, Tensor) else weight.data
-
-
-def _scale(weight: Weight) -> Tensor:
-    """Scales of the rows; for a plain weight something that is never read."""
-    return weight if isinstance(weight, Tensor) else weight.scale
-
-
-def _input_scale(weight: Weight, otherwise: Tensor) -> Tensor:
-    """The static scale of the inputs, or something that is never read."""
-    found = None if isinstance(weight, Tensor) else weight.input_scale
-    return otherwise if found is None else found

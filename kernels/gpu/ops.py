@@ -7,7 +7,7 @@ elsewhere calls `flush` first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,14 @@ from specdec.kernels.gpu.attention import attention
 from specdec.kernels.gpu.heads import compute_dtype as heads_dtype
 from specdec.kernels.gpu.heads import places, rotate
 from specdec.kernels.gpu.linear import TOKENS, burst_kernel, linear_kernel
-from specdec.kernels.gpu.moe import interleave, moe
+from specdec.kernels.gpu.moe import moe
 from specdec.kernels.gpu.norm import add_kernel, add_norm_kernel, embed_kernel
 from specdec.kernels.gpu.table import Tile, tile
-from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, Weight
+from specdec.kernels.gpu.weights import data, interleave, pair_heads, shape
+from specdec.kernels.reference import AttentionRule, Experts, Fp8Weight, Weight
 from specdec.types import ModelInputs
 
 TOKENS_EXACT = 64
-WARM = False
 NO_HEADS = (0, 1, 2, False)  # query heads, KV heads, head size, rotary embedding
 BURST = 2048  # inputs up to which a program loads its weights in one go
 
@@ -64,11 +64,7 @@ class Ops:
 
     def pack_heads(self, weight: Weight, size: int) -> Weight:
         """Weights of heads of `size` channels: the two rows that the rotary embedding turns stand together."""
-        if isinstance(weight, Fp8Weight):
-            data = interleave(weight.data.view(torch.uint8).unflatten(0, (-1, size)))
-            scale = interleave(weight.scale.view(-1, size, 1))
-            return Fp8Weight(data.view(weight.data.shape).view(FP8), scale.flatten(), weight.input_scale)  # type: ignore
-        return interleave(weight.unflatten(0, (-1, size))).flatten(0, 1)  # type: ignore
+        return pair_heads(weight, size)
 
     def embed(self, tokens: Tensor, table: Tensor, norm: Tensor) -> Tensor:
         """Rows of the table [V, K] as the stream f32 [M, K]; tokens int64 [M]. norm: what the stream meets first."""
@@ -77,9 +73,8 @@ class Ops:
             return table[tokens].float()
         x = torch.empty((m, k), device=table.device)
         ready = self.ready = Ready(x, norm, torch.empty_like(x, dtype=table.dtype), x.new_empty((m, 1)))
-        block = triton.next_power_of_2(k)
         embed_kernel[(m,)](
-            tokens, table, norm, x, ready.value, ready.squares, m, K=k, BLOCK=block,
+            tokens, table, norm, x, ready.value, ready.squares, m, K=k, BLOCK=triton.next_power_of_2(k),
             num_warps=8 if k > 1024 else 4, **self.launch(),
         )  # fmt: skip
         return x
@@ -111,7 +106,7 @@ class Ops:
         """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]."""
         if len(x) > TOKENS_EXACT:
             return self._long(x, norm, eps, weight)
-        out = torch.empty((len(x), _shape(weight)[0]), device=x.device)
+        out = torch.empty((len(x), shape(weight)[0]), device=x.device)
         self._norm_product(x, norm, eps, weight, "store", (out,))
         return out
 
@@ -122,10 +117,10 @@ class Ops:
             pairs = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2))
             product: Tensor = F.silu(pairs[..., 0]) * pairs[..., 1]
             return product.to(dtype)
-        out = torch.empty((len(x), _shape(weight)[0] // 2), dtype=dtype, device=x.device)
-        extra: tuple[Tensor, ...] = (out,)
+        out = torch.empty((len(x), shape(weight)[0] // 2), dtype=dtype, device=x.device)
+        extra = out, out
         if isinstance(weight, Fp8Weight):
-            t = tile("norm", *_shape(weight), 1)
+            t = tile("norm", *shape(weight), 1)
             extra = out, out.new_empty((len(x), triton.cdiv(len(weight.data), t.BN)), dtype=torch.float32)
             self.largest = extra
         self._norm_product(x, norm, eps, weight, "swiglu", extra)
@@ -133,17 +128,16 @@ class Ops:
 
     def norm_attention(
         self, x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
-        cos: Tensor, sin: Tensor, rule: AttentionRule, ahead: Sequence[Weight] = (),
+        cos: Tensor, sin: Tensor, rule: AttentionRule,
     ) -> Tensor:  # fmt: skip
         """RMSNorm, the QKV product, rotary embedding, KV append, attention: f32 [M, K] -> [M, H*E]; cache [B, G, S, E]."""
         groups, size = keys.shape[1], keys.shape[3]
-        heads = _shape(weight)[0] // size - 2 * groups
+        heads = shape(weight)[0] // size - 2 * groups
         queries = torch.empty((len(x), heads * size), dtype=heads_dtype(keys), device=x.device)
         where = places(queries, keys, values, inputs, cos, sin, rule)
-        n, k = _shape(weight)
-        splits = (
-            1 if isinstance(weight, Tensor) and k <= BURST else tile("qkv", n, k, _data(weight).element_size()).splits
-        )
+        n, k = shape(weight)
+        burst = isinstance(weight, Tensor) and k <= BURST
+        splits = 1 if burst else tile("qkv", n, k, data(weight).element_size()).splits
         if len(x) <= TOKENS_EXACT and splits > 1:
             parts = torch.empty((splits, len(x), n), device=x.device)
             self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
@@ -153,8 +147,7 @@ class Ops:
         else:
             self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
         largest = None if isinstance(weight, Tensor) else torch.empty((len(x), groups), device=x.device)
-        soon = [_data(w) for w in ahead] if len(x) <= TOKENS_EXACT else []
-        out = attention(self, queries, keys, values, inputs, rule.chunk, largest, soon)
+        out = attention(self, queries, keys, values, inputs, rule.chunk, largest)
         if largest is not None:
             self.largest = out, largest
         return out
@@ -166,7 +159,7 @@ class Ops:
             self.flush(residual)
             residual += _product(x, weight)
             return
-        (n, k), m = _shape(weight), len(x)
+        (n, k), m = shape(weight), len(x)
         if isinstance(weight, Tensor) and k <= BURST:
             self.flush(residual)
             if norm is None:
@@ -179,7 +172,7 @@ class Ops:
             self.ready = Ready(residual, norm, value, squares)
             return
         pending, count = self.pending_parts(residual)
-        t = tile("add", n, k, _data(weight).element_size())
+        t = tile("add", n, k, data(weight).element_size())
         out = torch.empty((t.splits, m, n), device=x.device) if t.splits > 1 else residual
         self._linear(x, None, weight, t, "add", (residual, pending, out), count=count)
         self.pending = (residual, out) if t.splits > 1 else None
@@ -188,7 +181,7 @@ class Ops:
         self, x: Tensor, norm: Tensor, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
         heads: tuple[int, int, int, bool] = NO_HEADS, kind: str = "norm",
     ) -> None:  # fmt: skip
-        n, k = _shape(weight)
+        n, k = shape(weight)
         if isinstance(weight, Tensor) and k <= BURST:
             ready = self.ready
             if ready is None or ready.stream is not x or ready.norm is not norm:
@@ -199,12 +192,10 @@ class Ops:
             _, h, scale = self._normed(x, norm, eps, weight.input_scale)
         else:
             h, scale = self._normed(x, norm, eps, None, plain=weight.dtype, quantise=False)[0], None
-        self._linear(h, scale, weight, tile(kind, n, k, _data(weight).element_size()), use, extra, heads)
+        self._linear(h, scale, weight, tile(kind, n, k, data(weight).element_size()), use, extra, heads)
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
-        ready = Ready(
-            x, norm, torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty((len(x), 1), device=x.device)
-        )
+        ready = Ready(x, norm, torch.empty_like(x, dtype=dtype), x.new_empty((len(x), 1)))
         self._add_norm(x, norm, eps, ready.value, ready.squares, x, x, x, "raw", "no")
         return ready
 
@@ -213,8 +204,7 @@ class Ops:
         plain: torch.dtype | None = None, quantise: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The normalised stream in a `plain` dtype and, to `quantise`, as e4m3 with its scales; nothing stays pending."""
-        shape = x.shape if plain is not None else (1,)
-        h = torch.empty(shape, dtype=plain or torch.bfloat16, device=x.device)
+        h = torch.empty(x.shape if plain is not None else (1,), dtype=plain or torch.bfloat16, device=x.device)
         quantised = torch.empty(x.shape if quantise else (1,), dtype=torch.float8_e4m3fn, device=x.device)
         scale = torch.empty(len(x), device=x.device)
         mode = "no" if not quantise else "dynamic" if input_scale is None else "static"
@@ -246,7 +236,7 @@ class Ops:
         burst_kernel[(triton.cdiv(n, t.BN), triton.cdiv(m, TOKENS))](
             x, x if squares is None else squares, weight, extra, m, eps,
             N=n, K=k, PARTS=0 if squares is None else squares.shape[1], USE=use,
-            H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3], WARM=WARM and self.pdl,
+            H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3],
             BN=t.BN, K0=first, K1=rest, WAYS=t.warps, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
 
@@ -254,7 +244,7 @@ class Ops:
         self, x: Tensor, scale: Tensor | None, weight: Weight, t: Tile, use: str, extra: tuple[Any, ...],
         heads: tuple[int, int, int, bool] = NO_HEADS, count: int = 0,
     ) -> None:  # fmt: skip
-        (n, k), m = _shape(weight), len(x)
+        (n, k), m = shape(weight), len(x)
         assert use != "heads" or (heads[2] % t.BN == 0 and t.splits == 1), "a program's rows are of one head"
         weight_scale, input_scale, mode, parts = x, x, "plain", 1
         if isinstance(weight, Fp8Weight):
@@ -266,7 +256,7 @@ class Ops:
             scale = self.largest[1] if known else x.abs().amax(-1, keepdim=True).float()
             parts = scale.shape[1]
         linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, TOKENS))](
-            x, x if scale is None else scale, input_scale, _data(weight), weight_scale, extra, m, LARGEST=parts,
+            x, x if scale is None else scale, input_scale, data(weight), weight_scale, extra, m, LARGEST=parts,
             N=n, K=k, P=count, S=t.splits, INPUT=mode, USE=use, H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3],
             BN=t.BN, BK=t.BK, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
@@ -299,18 +289,11 @@ class Replay:
         return x
 
 
-def _data(weight: Weight) -> Tensor:
-    return weight.data if isinstance(weight, Fp8Weight) else weight
-
-
-def _shape(weight: Weight) -> tuple[int, int]:
-    n, k = _data(weight).shape
-    return n, k
-
-
 def _product(x: Tensor, weight: Weight) -> Tensor:
     """x [M, K] @ weight.T in f32 for many tokens."""
     if not isinstance(weight, Fp8Weight):
         return F.linear(x, weight).float()
-    data, scale = reference.quantize(x, weight.input_scale)
-    return torch._scaled_mm(data, weight.data.t(), scale[:, None], weight.scale[None], out_dtype=torch.bfloat16).float()
+    rounded, scale = reference.quantize(x, weight.input_scale)
+    return torch._scaled_mm(
+        rounded, weight.data.t(), scale[:, None], weight.scale[None], out_dtype=torch.bfloat16
+    ).float()

@@ -2,7 +2,8 @@
 
 Every kernel of a chain waits, and only then lets the next one start. So when a kernel starts, all before its immediate
 predecessor have finished: before `wait` it may read anything that the kernel just before it does not write. Letting the next
-one start earlier was slower by a third: kernels that wait in a row take room and bandwidth from those that work.
+one start earlier was slower by a third: kernels that wait in a row take room and bandwidth from those that work. So was asking
+for the weights of kernels further on: a program does not end before what it has asked for is there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-__all__ = ["prefetch_rows", "prefetch_share", "wait"]
+__all__ = ["prefetch_rows", "wait"]
 
 
 @triton.jit
@@ -42,24 +43,6 @@ def prefetch_rows(
                 "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
                 "=r,l,r",
                 [address, tl.full([ROWS * PIECES], SIZE, tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-
-
-@triton.jit
-def prefetch_share(ptr, BYTES: tl.constexpr, index, count, PDL: tl.constexpr):
-    """Ask for one of `count` shares of BYTES bytes: weights that a later kernel will want while the memory has little to do."""
-    PIECE: tl.constexpr = 4096
-    PIECES: tl.constexpr = BYTES // PIECE
-    if PDL and PIECES > 0:
-        for first in range(index * 128, PIECES, count * 128):
-            at = tl.minimum(first + tl.arange(0, 128), PIECES - 1)
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-                "=r,l,r",
-                [ptr.to(tl.int64) + at.to(tl.int64) * PIECE, tl.full([128], PIECE, tl.int32)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,

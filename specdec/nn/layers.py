@@ -159,13 +159,12 @@ class DecoderLayer(nn.Module):
             self.experts = Experts(block.router.weight.data, *routed, *shared)
         else:
             self.gate_up, self.down = block.values(ops)
-        self.ahead = (self.o, self.gate_up if self.experts is None else self.experts.shared_gate_up)
         delattr(self, name)
 
     def forward(self, x: Tensor, inputs: ModelInputs, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Advance the residual stream x f32 [M, hidden] in place, and write this forward's K/V."""
         ops = self.ops
-        cache = keys, values, inputs, cos, sin, self.rule, self.ahead
+        cache = keys, values, inputs, cos, sin, self.rule
         ops.add_linear(x, ops.norm_attention(x, self.norms[0], self.eps, self.qkv, *cache), self.o, self.norms[1])
         if self.experts is None:
             ops.add_linear(x, ops.norm_swiglu(x, self.norms[1], self.eps, self.gate_up), self.down, self.next_norm)
