@@ -23,7 +23,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 FILES = {body.split()[1]: body for _, body in BLOCKS if body.startswith("# my_methods/")}
 PYTHON = [body for language, body in BLOCKS if language == "python" and body not in FILES.values()]
-COMMANDS = [line for language, body in BLOCKS if language == "sh" for line in body.splitlines() if "specdec" in line]
+LINES = [line for language, body in BLOCKS if language == "sh" for line in body.splitlines()]
+COMMANDS = [line for line in LINES if re.search(r"(^| |-m )specdec( |$)", line)]
 EXAMPLES = [line for line in COMMANDS if "my_methods" in line]
 
 
@@ -130,7 +131,7 @@ def test_the_example_verifier_is_rightly_lossy() -> None:
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "my_methods" not in line])
 def test_commands_compose(command: str) -> None:
     """The config of every command, with the first value of what it sweeps."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command.removeprefix("torchrun --nproc-per-node 2 -m "), comments=True)
     assert words[0] == "specdec"
     overrides = []
     for override in OverridesParser.create().parse_overrides([word for word in words[1:] if not word.startswith("-")]):
