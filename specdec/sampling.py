@@ -6,6 +6,8 @@ during verification equals the token plain decoding would choose there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -94,10 +96,9 @@ def choose(logits: Tensor, sampling: Sampling, position: Tensor, stream: int = S
         return _choose_among_ranks(logits, sampling, position, stream, sampling.vocabulary)
     if sampling.mode == "greedy":
         return argmax(logits)
-    if _fused(logits, sampling, position):
-        from specdec.kernels.gpu import sampling as gpu_sampling
-
-        token: Tensor = gpu_sampling.choose(logits, sampling.temperature, sampling.seed, position, stream)
+    fused = _fused(logits, sampling, position)
+    if fused is not None:
+        token: Tensor = fused(logits, sampling.temperature, sampling.seed, position, stream)
         return token
     noise = gumbel(sampling.seed[:, None], position, stream, logits.shape[-1])
     return argmax(warp(logits, sampling) + noise)
@@ -122,11 +123,22 @@ def _choose_among_ranks(
     return ids.gather(0, argmax(scores.movedim(0, -1))[None]).squeeze(0).long()
 
 
-def _fused(logits: Tensor, sampling: Sampling, position: Tensor) -> bool:
-    """Whether the GPU's one-pass kernel takes this call: temperature alone, plain f32 logits."""
+def _fused(logits: Tensor, sampling: Sampling, position: Tensor) -> Callable[..., Tensor] | None:
+    """The kernel that chooses in one pass, if there is one for this call: temperature alone, plain f32 logits."""
     plain = logits.dim() == 3 and logits.dtype == torch.float32 and logits.is_contiguous()
-    plain = plain and position.shape == logits.shape[:2] and sampling.mode == "sampled"
-    return plain and common_device(logits, sampling.temperature, sampling.seed, position) == "cuda"
+    plain = plain and position.shape == logits.shape[:2] and position.dtype == torch.int32
+    if not plain or sampling.mode != "sampled":
+        return None
+    device = common_device(logits, sampling.temperature, sampling.seed, position)
+    if device == "cuda":
+        from specdec.kernels.gpu import sampling as gpu_sampling
+
+        return gpu_sampling.choose
+    if device == "cpu":
+        from specdec.kernels.cpu import sampling as cpu_sampling
+
+        return cpu_sampling.choose
+    return None
 
 
 def sample(probs: Tensor, sampling: Sampling, position: Tensor, stream: int) -> Tensor:
