@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class Fp8Weight:
 
 
 Weight = Tensor | Fp8Weight
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True, eq=False)
@@ -122,9 +124,22 @@ def rms_norm(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
-    """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]."""
-    return linear(rms_norm(x, norm, eps).to(compute_dtype(weight)), weight)
+def normed(x: Tensor, norm: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """What a product behind a norm takes: [M, K] in `dtype`.
+
+    norm f32 [K]: RMSNorm of x f32 [M, K]; None: x as it is. Where P streams meet, x f32 [P, M, K/P] and norm f32 [P, K/P]:
+    each normalised by itself, then side by side.
+    """
+    if norm is None:
+        return x.to(dtype)
+    if norm.dim() == 1:
+        return rms_norm(x, norm, eps).to(dtype)
+    return rms_norm(x, norm[:, None], eps).to(dtype).transpose(0, 1).flatten(1)
+
+
+def norm_linear(x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:
+    """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]. x and norm as `normed` takes them; without a norm x may be rounded."""
+    return linear(normed(x, norm, eps, compute_dtype(weight)), weight)
 
 
 def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
@@ -242,22 +257,21 @@ def attention(
 
 
 def norm_attention(
-    x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
+    x: Tensor, norm: Tensor | None, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
     cos: Tensor, sin: Tensor, rule: AttentionRule,
 ) -> Tensor:  # fmt: skip
-    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
+    """RMSNorm (as in `norm_linear`), the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
     return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
 
 
 class Replay:
-    """Runs a stretch of operations on the residual stream in place; backends that can, record it and play it back."""
+    """Runs a stretch of operations; backends that can, record it and play it back."""
 
     def __call__(
-        self, key: Hashable, stretch: Callable[[Tensor, ModelInputs], None], x: Tensor, inputs: ModelInputs
-    ) -> Tensor:
-        """Apply `stretch` to x f32 [M, K] and return the stream."""
-        stretch(x, inputs)
-        return x
+        self, key: Hashable, stretch: Callable[[Tensor, ModelInputs], Result], x: Tensor, inputs: ModelInputs
+    ) -> Result:
+        """What `stretch` makes of x f32 [M, K], mostly in place."""
+        return stretch(x, inputs)
 
 
 class Parallel:

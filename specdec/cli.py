@@ -156,6 +156,10 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
     warnings.showwarning = _show_warning  # here, because a sweep's cells may run in processes of their own
     try:
+        if "training" in cfg:
+            from specdec.train.cli import run as train
+
+            return train(cfg, Console(), output_folder(), VOLATILE)
         return run(cfg, Console())
     except (ValueError, OSError, RunError, RankError, OmegaConfBaseException) as error:
         if output_folder().is_dir() and not any(output_folder().iterdir()):
@@ -212,6 +216,7 @@ def _ranks() -> Ranks | None:
 
 def main() -> None:
     """Entry point of the console script, also under torchrun. Exit status: 0 done, 2 a mistake, 130 interrupted."""
+    sys.argv[1:2] = ["--config-name=train" if word == "train" else word for word in sys.argv[1:2]]
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _main()
         return

@@ -106,6 +106,18 @@ def _drafter_config(name: str, keys: Sequence[str]) -> DictConfig:
     return node
 
 
+def plain_drafter() -> Drafter:
+    """The baseline."""
+    drafter: Drafter = build(compose_config([f"drafter={BASELINE}"]).drafter, "drafter")
+    return drafter
+
+
+def exact_verifier() -> Verifier:
+    """The verifier under which every drafter's output equals plain output."""
+    verifier: Verifier = build(compose_config(["verifier=target_only"]).verifier, "verifier")
+    return verifier
+
+
 def build_methods(configs: dict[str, DictConfig], verifier: Verifier) -> dict[str, Drafter]:
     """Instantiate the drafters and check each against the verifier."""
     drafters: dict[str, Drafter] = {name: build(node, "drafter") for name, node in configs.items()}

@@ -11,8 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from specdec.target import checkpoint
-from specdec.target.checkpoint import (
+from specdec.weights import checkpoint
+from specdec.weights.checkpoint import (
     check_loaded,
     fill_nan,
     iter_tensors,

@@ -21,6 +21,7 @@ from specdec.decoding import SpeculativeDecoder, check_pair
 from specdec.drafter import Drafter
 from specdec.drafter.none import NoDraft
 from specdec.drafter.small_model import SmallModel
+from specdec.structure import Structure
 from specdec.target import Target
 from specdec.target.huggingface import HuggingFace
 from specdec.target.llama import Llama
@@ -33,13 +34,17 @@ from specdec.verifier.target_only import TargetOnly
 CONF = Path(__file__).parents[1] / "conf"
 PACKAGES = {  # config group -> package of its classes, and the interface they have
     "target": ("specdec.target", Target),
+    "structure": ("specdec.structure", Structure),
     "drafter": ("specdec.drafter", Drafter),
     "verifier": ("specdec.verifier", Verifier),
     "dataset": ("specdec.data", None),
     "tracking": ("specdec.tracking", None),
 }
 DIFFS = ("experiment", "sweep", "debug")  # groups of changes to the whole config
-FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+TRAINING = "training"  # a group of conf/train.yaml, not of conf/config.yaml
+FILES = sorted(
+    path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml") if path.parent.name != TRAINING
+)
 CHOICES = [name for name in FILES if name.split("/")[0] in PACKAGES]
 NAMES = {group: [name.split("/")[1] for name in FILES if name.startswith(f"{group}/")] for group in (*PACKAGES, *DIFFS)}
 
@@ -62,7 +67,8 @@ def needed(group: str, name: str, checkpoint: Path) -> list[str]:
         "dataset/jsonl": ["dataset.path=some.jsonl"],
         "dataset/huggingface": ["dataset.name=json", "dataset.column=text"],
     }
-    return [f"{group}={name}", *values.get(f"{group}/{name}", [])]
+    optional = "+" if group == "structure" else ""  # no choice of a whole run, but of a drafter
+    return [f"{optional}{group}={name}", *values.get(f"{group}/{name}", [])]
 
 
 @pytest.fixture
@@ -111,7 +117,11 @@ def test_each_method_has_a_file(group: str) -> None:
 
 
 def test_each_group_is_known() -> None:
-    assert {path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] not in "._"} == {*PACKAGES, *DIFFS}
+    assert {path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] not in "._"} == {
+        *PACKAGES,
+        *DIFFS,
+        TRAINING,
+    }
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if name not in CHOICES])
@@ -182,12 +192,13 @@ def test_a_mistake_is_a_sentence(overrides: list[str], words: list[str]) -> None
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
-TREES = {"token_recycling", "layer_skip_tree", "small_model_tree", "suffix_tree"}
+TREES = {"token_recycling", "layer_skip_tree", "layer_skip_dynamic", "small_model_tree", "suffix_tree"}
 CHAINS_ONLY = {"speculative_sampling", "block"}
 VARIANTS = {
-    "layer_skip_tree": ["drafter=layer_skip", "drafter.num_children=[2,2]"],
+    "layer_skip_tree": ["drafter=layer_skip", "drafter.structure=[2,2]"],
+    "layer_skip_dynamic": ["drafter=layer_skip", "structure@drafter.structure=dynamic", "drafter.structure.depth=3"],
     "small_model": ["drafter=small_model", "target@drafter.model=toy"],
-    "small_model_tree": ["drafter=small_model", "target@drafter.model=toy", "drafter.num_children=[2,1]"],
+    "small_model_tree": ["drafter=small_model", "target@drafter.model=toy", "drafter.structure=[2,1]"],
     "suffix_tree": ["drafter=suffix", "drafter.tree=true"],
 }
 

@@ -17,6 +17,8 @@ from specdec.drafter.none import NoDraft
 from specdec.drafter.small_model import SmallModel
 from specdec.drafter.suffix import Suffix
 from specdec.drafter.token_recycling import TokenRecycling
+from specdec.structure.dynamic import Dynamic
+from specdec.structure.sequoia import Sequoia
 from specdec.target.toy import Toy
 from specdec.testing import ConformanceError, Replay, check_drafter, check_no_sync
 from specdec.testing.drafters import PROMPTS
@@ -35,9 +37,12 @@ DRAFTERS = {
     "suffix_tree": lambda: Suffix(tree=True, past_outputs=True),
     "token_recycling": TokenRecycling,
     "layer_skip": lambda: LayerSkip(exit_layer=1),
-    "layer_skip_tree": lambda: LayerSkip(exit_layer=1, num_children=[2, 2]),
+    "layer_skip_tree": lambda: LayerSkip(exit_layer=1, structure=[2, 2]),
+    "layer_skip_dynamic": lambda: LayerSkip(exit_layer=1, structure=Dynamic(6, top_k=3, depth=3)),
     "small_model": lambda: SmallModel(model=Toy(backend="torch"), num_draft_tokens=3),
-    "small_model_tree": lambda: SmallModel(model=Toy(backend="torch"), num_children=[2, 1]),
+    "small_model_dynamic": lambda: SmallModel(model=Toy(backend="torch"), structure=Dynamic(5, top_k=3, depth=4)),
+    "small_model_sequoia": lambda: SmallModel(model=Toy(backend="torch"), structure=Sequoia(7, rates=[0.5, 0.2, 0.1])),
+    "small_model_tree": lambda: SmallModel(model=Toy(backend="torch"), structure=[2, 1]),
 }
 
 

@@ -297,7 +297,7 @@ def test_several_steps_follow_the_joint_law(case: int) -> None:
     """Prefill's token, accepted drafts, recovered and bonus tokens over two steps and more, against the exact law."""
     verifier, children = CASES[case]
     target = TableTarget(VOCAB, seed=1)
-    drafter = SmallModel(model=TableTarget(VOCAB, seed=2, like=target), num_draft_tokens=2, num_children=children)
+    drafter = SmallModel(model=TableTarget(VOCAB, seed=2, like=target), num_draft_tokens=2, structure=children)
     params, row = (
         (SamplingParams(1.0), sampling_of(1)) if case % 2 else (SamplingParams(0.8, 3), sampling_of(1, 0.8, 3))
     )
@@ -367,7 +367,7 @@ def test_sampling_values(values: dict[str, Any], words: str) -> None:
 def test_a_decoder_that_cannot_be(toy: Toy) -> None:
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         decoder(toy, batch=0)
-    tree = SmallModel(model=toy, num_children=[2, 2])
+    tree = SmallModel(model=toy, structure=[2, 2])
     with pytest.raises(
         ValueError, match=r"Block judges chains only, and SmallModel proposes trees \(6 drafts, depth 2\)"
     ):

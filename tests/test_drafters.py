@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specdec.drafter import Drafter
-from specdec.drafter._tree import TreeShape, likely_paths, regular_paths
 from specdec.drafter.layer_skip import LayerSkip
 from specdec.drafter.ngram import NGram
 from specdec.drafter.none import NoDraft
@@ -25,6 +24,7 @@ from specdec.drafter.small_model import SmallModel
 from specdec.drafter.suffix import SEPARATOR, Suffix, SuffixAutomaton
 from specdec.drafter.token_recycling import BLOCK, TokenRecycling, top_indices
 from specdec.sampling import warp
+from specdec.structure import TreeShape, likely_paths, regular_paths
 from specdec.types import Acceptance, DraftInputs, DraftTree, ModelInputs, ModelOutput, Sampling
 
 VOCAB = 11
@@ -266,8 +266,8 @@ def test_tree_shapes() -> None:
     shape = TreeShape(regular_paths([2, 1]))
     assert shape.parents.tolist() == [-1, 0, 0, 1, 2]
     assert [slots.tolist() for slots in shape.slots] == [[[0]], [[0, 1], [0, 2]], [[0, 1, 3], [0, 2, 4]]]
-    assert sorted(likely_paths(4, 8, 6, lambda rank: (0.5, 0.3, 0.1)[rank])) == [(0,), (0, 0), (0, 1), (1,)]
-    assert max(map(len, likely_paths(30, 2, 3, lambda rank: 0.5 - 0.1 * rank))) == 3
+    assert sorted(likely_paths(4, lambda depth: (0.5, 0.3, 0.1), 6)) == [(0,), (0, 0), (0, 1), (1,)]
+    assert max(map(len, likely_paths(30, lambda depth: (0.5, 0.4), 3))) == 3
     for missing in ([[1]], [[0, 0]]):
         with pytest.raises(ValueError, match=r"needs \[0\]"):
             TreeShape(missing)
@@ -398,7 +398,7 @@ def test_small_model_follows_steps_rollbacks_and_refills() -> None:
 @pytest.mark.parametrize("law", ["any", "distinct", "iid"])
 def test_small_model_trees_have_the_law_they_record(law: Any) -> None:
     model = FakeModel()
-    drafter = small(model, 2, law, num_children=[3, 2])
+    drafter = small(model, 2, law, structure=[3, 2])
     texts = [[1, 2, 3], [4, 5, 6, 7]]
     inputs = inputs_for(texts, temperature=0.7, top_k=6)
     tree = drafter.propose(inputs)
@@ -427,7 +427,7 @@ def test_drawn_siblings_follow_their_joint_law(law: Any) -> None:
     batch, probs = 20_000, torch.tensor([0.5, 0.3, 0.2])
     model = FakeModel(3)
     model.forward = lambda inputs, layers=None: ModelOutput(probs.log().expand(*inputs.tokens.shape, 3))  # type: ignore
-    drafter = SmallModel(model, num_children=[2, 1])
+    drafter = SmallModel(model, structure=[2, 1])
     drafter.setup(target_for(batch, 3), batch, 64, law)
     tree = drafter.propose(inputs_for([[1, 2]] * batch, temperature=1.0))
     second = probs.expand(3, 3).clone()
@@ -460,7 +460,7 @@ def test_layer_skip_drafts_in_the_targets_cache(num_children: Sequence[int] | No
     texts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     model = FakeModel()
     model.allocate(2, 32, 8)
-    drafter = LayerSkip(exit_layer=2, num_draft_tokens=3, num_children=num_children)
+    drafter = LayerSkip(exit_layer=2, num_draft_tokens=3, structure=num_children)
     drafter.setup(model, 2, 32, "any")
     for b, text in enumerate(texts):  # the committed tokens, without the root
         model.cache[b, : len(text) - 1] = torch.tensor(text[:-1])
@@ -509,8 +509,8 @@ class ConstantModel:
         NGram(),
         TokenRecycling(),
         LayerSkip(2),
-        LayerSkip(2, num_children=[2, 1]),
-        SmallModel(ConstantModel(), num_children=[2, 2]),
+        LayerSkip(2, structure=[2, 1]),
+        SmallModel(ConstantModel(), structure=[2, 2]),
     ],
     ids=lambda drafter: type(drafter).__name__,
 )

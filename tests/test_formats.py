@@ -16,8 +16,8 @@ from torch import Tensor
 from specdec.kernels.reference import FP8
 from specdec.nn import Shard
 from specdec.target.formats import parameters, quantization, row_scales
-from specdec.target.lazy import LazyTensor, stack
 from specdec.target.loading import make_model, open_source
+from specdec.weights.lazy import LazyTensor, stack
 
 CPU = torch.device("cpu")
 

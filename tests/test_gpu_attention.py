@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from parity import error
 from torch import Tensor
 
-from specdec.drafter._tree import TreeShape, regular_paths
 from specdec.kernels import reference
 from specdec.kernels.gpu import ops as gpu_ops
 from specdec.kernels.gpu.attention import SPLIT
 from specdec.kernels.gpu.ops import Ops
 from specdec.kernels.reference import AttentionRule, Fp8Weight, Weight
+from specdec.structure import TreeShape, regular_paths
 from specdec.types import ModelInputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

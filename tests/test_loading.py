@@ -17,11 +17,11 @@ from transformers import Llama4TextConfig
 
 from specdec.kernels.reference import FP8
 from specdec.nn import DecoderModel, ModelConfig, Shard
-from specdec.target import checkpoint, convert
-from specdec.target.checkpoint import iter_tensors, load_state, match
-from specdec.target.lazy import Index, LazyTensor
 from specdec.target.llama import Llama
 from specdec.target.loading import make_model, open_source
+from specdec.weights import checkpoint, convert
+from specdec.weights.checkpoint import iter_tensors, load_state, match
+from specdec.weights.lazy import Index, LazyTensor
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig.from_huggingface(LLAMA4)

@@ -57,7 +57,7 @@ def methods(target: Toy, plain: dict[str, list[list[int]]]) -> dict[str, tuple[A
         "tree": (Replay(greedy, tree=True), TargetOnly(), GREEDY),
         "tree, sampled": (Replay(sampled, tree=True), TargetOnly(), SAMPLED),
         "iid": (LayerSkip(1, 3), SpeculativeSampling(), SAMPLED),
-        "iid tree": (SmallModel(target_like(target), num_children=(2, 1)), RRS(), SAMPLED),
+        "iid tree": (SmallModel(target_like(target), structure=(2, 1)), RRS(), SAMPLED),
         "observing": (TokenRecycling(), TargetOnly(), GREEDY),
     }
 

@@ -13,11 +13,12 @@ from layouts import LLAMA4, fused, last_logits, same, weights, write
 from parity import random_text
 
 from specdec.nn import DecoderModel, ModelConfig, Shard
-from specdec.target import checkpoint, memory
+from specdec.target import memory
 from specdec.target.llama import Llama
 from specdec.target.loading import parse_shard
 from specdec.target.presets import PRESETS
 from specdec.target.random import fill_random
+from specdec.weights import checkpoint
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig.from_huggingface(LLAMA4)

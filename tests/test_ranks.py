@@ -18,9 +18,9 @@ from torch import Tensor
 
 from specdec.kernels.reference import FP8, Parallel
 from specdec.nn import DecoderModel, KVCache, ModelConfig, Shard
-from specdec.target.checkpoint import load_state
 from specdec.target.toy import as_llama4, random_tensors
 from specdec.types import ModelInputs
+from specdec.weights.checkpoint import load_state
 
 TINY = ModelConfig(260, 64, 96, 4, 4, 2, 32)
 CONFIGS = {

@@ -161,11 +161,13 @@ def _linear(a, thread):
     out, out_stride, epilogue, bf16, convert = a[12], a[13], a[14], a[15] == 1, a[16] == 1
     tile = scratch + scratch_size * thread
     if convert:
-        eps = simd.float_of(a[17])
-        ready = tile + 128 * _TOKENS
+        eps, parts, part_stride = simd.float_of(a[17]), a[18], a[19]
+        ready, share = tile + 128 * _TOKENS, inputs // a[18]
         ready_stride = inputs * (2 if bf16 else 4)
         for t in range(tokens):
-            _normalise(x + x_stride * t, norm, eps, inputs, ready + ready_stride * t, bf16)
+            for p in range(parts):  # where there is no norm there is one part
+                target = ready + ready_stride * t + ready_stride // parts * p
+                _normalise(x + x_stride * t + part_stride * p, norm + 4 * share * p, eps, share, target, bf16)
         x, x_stride = ready, ready_stride
     width = 16 if epilogue == SWIGLU else PANEL
     panels = (outputs + width - 1) // width
@@ -204,15 +206,15 @@ class Linear:
     ) -> Tensor:
         """out [M, N] = (STORE) or += (ADD) x [M, K] @ weight.T, or [M, N/2] = silu(gate) * up (SWIGLU).
 
-        With norm f32 [K] the product takes RMSNorm(x) * norm. x is f32 (normalised and rounded here) or already in the
-        weights' dtype. Rows are contiguous.
+        With norm f32 [K] the product takes RMSNorm(x) * norm; of x [P, M, K/P] with norm [P, K/P] each part by itself, side
+        by side. x is f32 (normalised and rounded here) or already in the weights' dtype. Rows are contiguous.
         """
         check_real(x)
         bf16 = weight.dtype == torch.bfloat16
         convert = norm is not None or x.dtype != weight.dtype
-        tokens = x.shape[0]
-        assert not convert or (x.dtype == torch.float32 and weight.inputs % 16 == 0)
-        assert x.shape[1] == weight.inputs
+        tokens, parts = x.shape[-2], x.numel() // x.shape[-2] // x.shape[-1]
+        assert not convert or (x.dtype == torch.float32 and weight.inputs % (16 * parts) == 0)
+        assert parts * x.shape[-1] == weight.inputs
         assert weight.swiglu == (epilogue == SWIGLU)
         size = 128 * _TOKENS + (tokens * weight.inputs * 4 if convert else 0) + 64
         size += -size % 64
@@ -223,9 +225,9 @@ class Linear:
         per_chunk = max(1, panels // _CHUNKS)
         _run_linear(
             weight.data.data_ptr(), outputs, weight.inputs, tokens, per_chunk,
-            x.data_ptr(), x.stride(0) * x.element_size(), 0 if norm is None else norm.data_ptr(),
+            x.data_ptr(), x.stride(-2) * x.element_size(), 0 if norm is None else norm.data_ptr(),
             self._scratch.data_ptr(), size, out.data_ptr(), out.stride(0) * out.element_size(), epilogue,
-            int(bf16), int(convert), bits_of(eps),
+            int(bf16), int(convert), bits_of(eps), parts, 4 * x.stride(0),
             chunks=-(-panels // per_chunk), keep=(self._scratch, x, out),
         )  # fmt: skip
         return out

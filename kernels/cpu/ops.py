@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from specdec.kernels.cpu.attention import KEY_BLOCK
 from specdec.kernels.cpu.attention import attention as _attention
 from specdec.kernels.cpu.linear import PackedLinear, linear
 from specdec.kernels.cpu.parallel import Program, record
-from specdec.kernels.reference import AttentionRule, embed, flush
+from specdec.kernels.reference import AttentionRule, Result, embed, flush
 from specdec.types import ModelInputs
 
 __all__ = ["KEY_BLOCK", "Replay", "add_linear", "attention", "embed", "flush", "norm_linear", "norm_swiglu", "pack"]
@@ -31,9 +32,9 @@ def pack_heads(weight: Tensor, size: int) -> PackedLinear:
     return products.pack(weight, False)
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: PackedLinear) -> Tensor:
-    """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]."""
-    return linear(x, weight, torch.empty(x.shape[0], weight.outputs), products.STORE, norm, eps)
+def norm_linear(x: Tensor, norm: Tensor | None, eps: float, weight: PackedLinear) -> Tensor:
+    """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]. x and norm as the reference's `normed` takes them."""
+    return linear(x, weight, torch.empty(x.shape[-2], weight.outputs), products.STORE, norm, eps)
 
 
 def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: PackedLinear) -> Tensor:
@@ -61,10 +62,10 @@ def attention(
 
 
 def norm_attention(
-    x: Tensor, norm: Tensor, eps: float, weight: PackedLinear, keys: Tensor, values: Tensor, inputs: ModelInputs,
+    x: Tensor, norm: Tensor | None, eps: float, weight: PackedLinear, keys: Tensor, values: Tensor, inputs: ModelInputs,
     cos: Tensor, sin: Tensor, rule: AttentionRule,
 ) -> Tensor:  # fmt: skip
-    """RMSNorm, the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
+    """RMSNorm (as in `norm_linear`), the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
     return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
 
 
@@ -75,40 +76,39 @@ class Replay:
     """
 
     def __init__(self, capacity: int = 64) -> None:
-        self._programs: OrderedDict[Hashable, tuple[Program, Tensor, ModelInputs]] = OrderedDict()
+        self._programs: OrderedDict[Hashable, tuple[Program, Tensor, ModelInputs, Any]] = OrderedDict()
         self._capacity = capacity
 
     def __call__(
-        self, key: Hashable, stretch: Callable[[Tensor, ModelInputs], None], x: Tensor, inputs: ModelInputs
-    ) -> Tensor:
-        """Apply `stretch` to the residual stream x f32 [M, K]; the result may be overwritten by the next call.
+        self, key: Hashable, stretch: Callable[[Tensor, ModelInputs], Result], x: Tensor, inputs: ModelInputs
+    ) -> Result:
+        """What `stretch` makes of x f32 [M, K], mostly in place; the next call may overwrite it.
 
         key: everything the launches depend on besides the shapes of x and inputs.
         """
         if x.shape[0] > REPLAYED:
-            stretch(x, inputs)
-            return x
+            return stretch(x, inputs)
         paths = None if inputs.paths is None else inputs.paths.shape
         full = (key, inputs.tokens.shape, paths, inputs.offset, torch.get_num_threads())
-        found = self._programs.get(full)
+        found: tuple[Program, Tensor, ModelInputs, Result] | None = self._programs.get(full)
         if found is None:
             found = self._record(stretch, x, inputs)
             self._programs[full] = found
             if len(self._programs) > self._capacity:
                 self._programs.popitem(last=False)
-        program, stream, static = found
+        program, stream, static, result = found
         stream.copy_(x)
         static.positions.copy_(inputs.positions)
         static.prefix_lens.copy_(inputs.prefix_lens)
         if static.paths is not None and inputs.paths is not None:
             static.paths.copy_(inputs.paths)
         program.run()
-        return stream
+        return result
 
     @torch.inference_mode(False)  # plain buffers, which calls inside and outside that mode may fill
     def _record(
-        self, stretch: Callable[[Tensor, ModelInputs], None], x: Tensor, inputs: ModelInputs
-    ) -> tuple[Program, Tensor, ModelInputs]:
+        self, stretch: Callable[[Tensor, ModelInputs], Result], x: Tensor, inputs: ModelInputs
+    ) -> tuple[Program, Tensor, ModelInputs, Result]:
         stream = torch.empty(x.shape)
         shape = inputs.tokens.shape
         paths = None if inputs.paths is None else torch.empty(inputs.paths.shape, dtype=torch.int32)
@@ -120,5 +120,5 @@ class Replay:
             inputs.offset,
         )
         with record() as program:
-            stretch(stream, static)
-        return program, stream, static
+            result = stretch(stream, static)
+        return program, stream, static, result

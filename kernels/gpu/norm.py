@@ -13,18 +13,24 @@ from specdec.kernels.gpu.pdl import wait
 def add_norm_kernel(
     x, pending, norm, plain, squares, quantised, scales, input_scale, M, eps,
     K: tl.constexpr, P: tl.constexpr, PLAIN: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """x f32 [M, K] += pending f32 [P, M, K], and what the next product wants of it. A program owns a token.
 
+    PARTS > 1: one of the streams x f32 [PARTS, M, K], which have norms f32 [PARTS, K] and end side by side, as "normed".
     PLAIN "normed": RMSNorm in the compute dtype; "raw": x * norm, with the sum of squares f32 [M] for whoever scales later; or
     "no". QUANTISE: RMSNorm as e4m3, "static" by the checkpoint's scale or "dynamic" by largest magnitude / 448; or "no".
     """
-    token = tl.program_id(0)
+    row = tl.program_id(0)
+    part, token = 0, row
+    if PARTS > 1:
+        part, token = row // M, row % M
     cols = tl.arange(0, BLOCK)
     mask = cols < K
-    weight = tl.load(norm + cols, mask, other=0.0)
+    weight = tl.load(norm + part * K + cols, mask, other=0.0)
     wait(PDL)
-    at = token * K + cols
+    at = row * K + cols
+    out = (token * PARTS + part) * K + cols
     h = pending_sum(x, pending, at, mask, M, K, P)
     if P > 0:
         tl.store(x + at, h, mask)
@@ -36,7 +42,7 @@ def add_norm_kernel(
     else:
         h = (h * tl.rsqrt(total / K + eps)).to(plain.dtype.element_ty).to(tl.float32)
         if PLAIN == "normed":
-            tl.store(plain + at, h.to(plain.dtype.element_ty), mask)
+            tl.store(plain + out, h.to(plain.dtype.element_ty), mask)
         if QUANTISE == "static":
             scale = tl.load(input_scale)
         else:

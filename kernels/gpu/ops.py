@@ -7,7 +7,6 @@ elsewhere calls `flush` first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +46,7 @@ class Ops:
     """One model's operations on one GPU: workspaces, and what the residual stream still lacks."""
 
     KEY_BLOCK = 1
+    Replay = reference.Replay  # CUDA graphs record launches, a whole step at a time
 
     def __init__(self, device: torch.device) -> None:
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -102,11 +102,11 @@ class Ops:
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
-        """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]."""
-        if len(x) > TOKENS_EXACT:
+    def norm_linear(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:
+        """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]. x and norm as the reference's `normed` takes them."""
+        if x.shape[-2] > TOKENS_EXACT:
             return self._long(x, norm, eps, weight)
-        out = torch.empty((len(x), shape(weight)[0]), device=x.device)
+        out = torch.empty((x.shape[-2], shape(weight)[0]), device=x.device)
         self._norm_product(x, norm, eps, weight, "store", (out,))
         return out
 
@@ -127,26 +127,26 @@ class Ops:
         return out
 
     def norm_attention(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
+        self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
         cos: Tensor, sin: Tensor, rule: AttentionRule,
     ) -> Tensor:  # fmt: skip
         """RMSNorm, the QKV product, rotary embedding, KV append, attention: f32 [M, K] -> [M, H*E]; cache [B, G, S, E]."""
-        groups, size = keys.shape[1], keys.shape[3]
+        groups, size, m = keys.shape[1], keys.shape[3], x.shape[-2]
         heads = shape(weight)[0] // size - 2 * groups
-        queries = torch.empty((len(x), heads * size), dtype=heads_dtype(keys), device=x.device)
+        queries = torch.empty((m, heads * size), dtype=heads_dtype(keys), device=x.device)
         where = places(queries, keys, values, inputs, cos, sin, rule)
         n, k = shape(weight)
         burst = isinstance(weight, Tensor) and k <= BURST
         splits = 1 if burst else tile("qkv", n, k, data(weight).element_size()).splits
-        if len(x) <= TOKENS_EXACT and splits > 1:
-            parts = torch.empty((splits, len(x), n), device=x.device)
+        if m <= TOKENS_EXACT and splits > 1:
+            parts = torch.empty((splits, m, n), device=x.device)
             self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
             rotate(self, parts, where, rule, heads, groups)
-        elif len(x) > TOKENS_EXACT or rule.q_norm is not None or (rule.unit_norm and rule.rope):
+        elif m > TOKENS_EXACT or rule.q_norm is not None or (rule.unit_norm and rule.rope):
             rotate(self, self.norm_linear(x, norm, eps, weight), where, rule, heads, groups)
         else:
             self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
-        largest = None if isinstance(weight, Tensor) else torch.empty((len(x), groups), device=x.device)
+        largest = None if isinstance(weight, Tensor) else torch.empty((m, groups), device=x.device)
         out = attention(self, queries, keys, values, inputs, rule.chunk, largest)
         if largest is not None:
             self.largest = out, largest
@@ -178,21 +178,27 @@ class Ops:
         self.pending = (residual, out) if t.splits > 1 else None
 
     def _norm_product(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
+        self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
         heads: tuple[int, int, int, bool] = NO_HEADS, kind: str = "norm",
     ) -> None:  # fmt: skip
-        n, k = shape(weight)
-        if isinstance(weight, Tensor) and k <= BURST:
+        (n, k), dtype, scale = shape(weight), reference.compute_dtype(weight), None
+        burst = weight if isinstance(weight, Tensor) and k <= BURST else None
+        if norm is None:
+            h = x.to(dtype)
+        elif burst is not None and norm.dim() == 1:
             ready = self.ready
             if ready is None or ready.stream is not x or ready.norm is not norm:
-                ready = self.ready = self._prepared(x, norm, eps, weight.dtype)
-            self._burst(ready.value, ready.squares, weight, eps, use, extra, heads)
-            return
-        if isinstance(weight, Fp8Weight):
+                ready = self.ready = self._prepared(x, norm, eps, dtype)
+            h, scale = ready.value, ready.squares
+        elif isinstance(weight, Fp8Weight):
+            assert norm.dim() == 1, "a token has one scale"
             _, h, scale = self._normed(x, norm, eps, weight.input_scale)
         else:
-            h, scale = self._normed(x, norm, eps, None, plain=weight.dtype, quantise=False)[0], None
-        self._linear(h, scale, weight, tile(kind, n, k, data(weight).element_size()), use, extra, heads)
+            h = self._normed(x, norm, eps, None, plain=dtype, quantise=False)[0].view(-1, k)
+        if burst is not None:
+            self._burst(h, scale, burst, eps, use, extra, heads)
+        else:
+            self._linear(h, scale, weight, tile(kind, n, k, data(weight).element_size()), use, extra, heads)
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
         ready = Ready(x, norm, torch.empty_like(x, dtype=dtype), x.new_empty((len(x), 1)))
@@ -216,10 +222,11 @@ class Ops:
         self, x: Tensor, norm: Tensor, eps: float, plain: Tensor, squares: Tensor, quantised: Tensor, scale: Tensor,
         input_scale: Tensor, mode: str, quantise: str,
     ) -> None:  # fmt: skip
-        (m, k), (pending, count) = x.shape, self.pending_parts(x)
-        add_norm_kernel[(m,)](
+        (m, k), (pending, count) = x.shape[-2:], self.pending_parts(x)
+        parts = x.numel() // (m * k)
+        add_norm_kernel[(m * parts,)](
             x, pending, norm, plain, squares, quantised, scale, input_scale, m, eps,
-            K=k, P=count, PLAIN=mode, QUANTISE=quantise, BLOCK=triton.next_power_of_2(k),
+            K=k, P=count, PLAIN=mode, QUANTISE=quantise, BLOCK=triton.next_power_of_2(k), PARTS=parts,
             num_warps=8 if k > 1024 else 4, **self.launch(),
         )  # fmt: skip
         self.pending = None
@@ -261,9 +268,9 @@ class Ops:
             BN=t.BN, BK=t.BK, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
 
-    def _long(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
+    def _long(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:
         self.flush(x)
-        return _product(reference.rms_norm(x, norm, eps).to(reference.compute_dtype(weight)), weight)
+        return _product(reference.normed(x, norm, eps, reference.compute_dtype(weight)), weight)
 
     def add_moe(self, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
         """x f32 [M, H] += the mixture of experts of RMSNorm(x); it stays pending."""
@@ -273,20 +280,6 @@ class Ops:
             moe(self, part, norm, eps, experts)
             if part is not x:
                 self.flush(part)
-
-    def Replay(self) -> Replay:  # noqa: N802
-        """Launches are recorded by CUDA graphs, a whole step at a time."""
-        return Replay()
-
-
-class Replay:
-    """Runs a stretch as it is."""
-
-    def __call__(
-        self, key: Hashable, stretch: Callable[[Tensor, ModelInputs], None], x: Tensor, inputs: ModelInputs
-    ) -> Tensor:
-        stretch(x, inputs)
-        return x
 
 
 def _product(x: Tensor, weight: Weight) -> Tensor:

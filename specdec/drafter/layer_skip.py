@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from specdec.drafter import Drafter
-from specdec.drafter._tree import TreeShape, draft_tree, regular_paths
+from specdec.structure import Structure, as_structure
 from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
 
 __all__ = ["LayerSkip"]
@@ -24,25 +24,30 @@ class LayerSkip(Drafter):
     """
 
     catches_up = False
-    laws: frozenset[Law] = frozenset({"any", "iid", "distinct"})
 
-    def __init__(self, exit_layer: int, num_draft_tokens: int = 4, num_children: Sequence[int] | None = None) -> None:
-        self._shape = TreeShape(regular_paths([1] * num_draft_tokens if num_children is None else num_children))
+    def __init__(
+        self, exit_layer: int, num_draft_tokens: int = 4, structure: Structure | Sequence[int] | None = None
+    ) -> None:
+        self.structure = as_structure(structure, num_draft_tokens)
         self.exit_layer = exit_layer
-        self.num_draft_tokens = self._shape.num_nodes - 1
-        self.depth = self._shape.depth
+        self.laws, self.depth = self.structure.laws, self.structure.depth
+        self.num_draft_tokens = self.structure.num_draft_tokens
+        if self.structure.num_slots > self.num_draft_tokens + 1:
+            raise ValueError(
+                f"the structure runs {self.structure.num_slots} nodes for {self.num_draft_tokens} drafts, and the target's "
+                "cache has room for the drafts alone: give it more num_draft_tokens, or less width"
+            )
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
         num_layers = target.config.num_layers
         if not 0 < self.exit_layer < num_layers:
             raise ValueError(f"exit_layer={self.exit_layer}: choose 1 to {num_layers - 1}, the target has {num_layers}")
         self._target, self._law = target, law
-        self._shape.to(target.lengths.device)
+        self.structure.to(target.lengths.device)
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         prefix_lens = inputs.lengths - 1
-        return draft_tree(self._forward, self._shape, inputs.root, prefix_lens, inputs.sampling, self._law)
+        return self.structure.draft(self._forward, inputs.root, prefix_lens, inputs.sampling, self._law)
 
-    def _forward(self, inputs: ModelInputs) -> Tensor:
-        logits: Tensor = self._target.forward(inputs, layers=self.exit_layer).logits
-        return logits
+    def _forward(self, inputs: ModelInputs, hidden: Tensor | None) -> tuple[Tensor, None]:
+        return self._target.forward(inputs, layers=self.exit_layer).logits, None

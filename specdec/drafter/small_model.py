@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafter import Drafter
-from specdec.drafter._tree import TreeShape, draft_tree, regular_paths
+from specdec.structure import RootState, Structure, as_structure
 from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
 
 __all__ = ["SmallModel"]
@@ -27,24 +27,22 @@ class SmallModel(Drafter):
     the last W = D + 2 tokens, at most D + 1 of them new, and a rejected draft is simply overwritten.
     """
 
-    laws: frozenset[Law] = frozenset({"any", "iid", "distinct"})
-
     def __init__(
         self,
         model: Any,
         num_draft_tokens: int = 4,
-        num_children: Sequence[int] | None = None,
+        structure: Structure | Sequence[int] | None = None,
         prefill_chunk: int = 256,
     ) -> None:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
         if not hasattr(model, "allocate"):
             _check_arguments(model)
-        self._shape = TreeShape(regular_paths([1] * num_draft_tokens if num_children is None else num_children))
+        self.structure = as_structure(structure, num_draft_tokens)
         self.model = model
         self.prefill_chunk = prefill_chunk
-        self.num_draft_tokens = self._shape.num_nodes - 1
-        self.depth = self._shape.depth
+        self.laws, self.depth = self.structure.laws, self.structure.depth
+        self.num_draft_tokens = self.structure.num_draft_tokens
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
         if not hasattr(self.model, "allocate"):
@@ -52,9 +50,9 @@ class SmallModel(Drafter):
         _check_vocabularies(self.model, target)
         self._law = law
         # max_len counts room for one tree behind the longest row, which is no position the model must know
-        nodes = self._shape.num_nodes
-        self.model.allocate(batch_size, max_len - nodes, max(nodes, self.depth + 2), ())
-        self._shape.to(target.lengths.device)
+        nodes = self.num_draft_tokens + 1
+        self.model.allocate(batch_size, max_len - nodes, max(nodes, self.structure.num_slots, self.depth + 2), ())
+        self.structure.to(target.lengths.device)
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         window = self.depth + 2
@@ -64,9 +62,8 @@ class SmallModel(Drafter):
         logits = self._run(inputs, start, window)
         root_at = (inputs.lengths - 1 - start).long()[:, None, None]
         root_logits = logits.gather(1, root_at.expand(-1, -1, logits.shape[-1]))
-        return draft_tree(
-            self._forward, self._shape, inputs.root, inputs.lengths - 1, inputs.sampling, self._law, root_logits
-        )
+        prefix_lens, state = inputs.lengths - 1, RootState(root_logits)
+        return self.structure.draft(self._forward, inputs.root, prefix_lens, inputs.sampling, self._law, state)
 
     def _prefill(self, inputs: DraftInputs) -> None:
         """Run each row's last max_new committed tokens; a row that runs on repeats tokens its cache already holds.
@@ -81,11 +78,10 @@ class SmallModel(Drafter):
         """Logits of `count` tokens from start [B] on; behind a row's end the root stands in, to be overwritten."""
         positions = start[:, None] + torch.arange(count, dtype=start.dtype, device=start.device)
         tokens = inputs.tokens.gather(1, torch.minimum(positions, inputs.lengths[:, None] - 1).long())
-        return self._forward(ModelInputs(tokens, positions, start))
+        return self._forward(ModelInputs(tokens, positions, start))[0]
 
-    def _forward(self, inputs: ModelInputs) -> Tensor:
-        logits: Tensor = self.model.forward(inputs).logits
-        return logits
+    def _forward(self, inputs: ModelInputs, hidden: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.model.forward(inputs).logits, None
 
 
 def _check_arguments(model: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafter import Drafter
-from specdec.drafter._tree import TreeShape, likely_paths
+from specdec.structure import TreeShape, likely_paths
 from specdec.types import Acceptance, DraftInputs, DraftTree, Law, ModelOutput
 
 __all__ = ["TokenRecycling", "rank_prob", "top_indices"]
@@ -23,6 +23,11 @@ BLOCK = 64  # divides the vocabularies in use, so that no logits are copied
 def rank_prob(rank: int) -> float:
     """Assumed chance that the successor of this rank is right: 0.4, 0.14, 0.08, ...; only the ratios shape the tree."""
     return float(0.4 * (rank + 1) ** -1.5)
+
+
+def _usual(num_draft_tokens: int, top_k: int, max_depth: int) -> list[tuple[int, ...]]:
+    rates = [rank_prob(rank) for rank in range(top_k)]
+    return likely_paths(num_draft_tokens, lambda depth: rates, max_depth)
 
 
 def top_indices(logits: Tensor, k: int) -> Tensor:
@@ -64,7 +69,7 @@ class TokenRecycling(Drafter):
             raise ValueError(
                 f"{num_draft_tokens=}, {top_k=}, {max_depth=} must be positive; drafter=none drafts nothing"
             )
-        self._shape = TreeShape(likely_paths(num_draft_tokens, top_k, max_depth, rank_prob) if tree is None else tree)
+        self._shape = TreeShape(_usual(num_draft_tokens, top_k, max_depth) if tree is None else tree)
         widest = max(self._shape.num_choices, default=0)
         if widest > top_k:
             raise ValueError(f"the tree takes {widest} successors of a token, top_k={top_k} keeps fewer; raise top_k")

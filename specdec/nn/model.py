@@ -105,9 +105,10 @@ class DecoderModel(nn.Module):
     def _run(self, start: int, stop: int, x: Tensor, inputs: ModelInputs, cache: KVCache) -> Tensor:
         """Layers start to stop - 1, as one stretch that a backend may record."""
 
-        def stretch(x: Tensor, inputs: ModelInputs) -> None:
+        def stretch(x: Tensor, inputs: ModelInputs) -> Tensor:
             for i in range(start, stop):
                 self.layers[i](x, inputs, cache.keys[i], cache.values[i], self.cos, self.sin)
+            return x
 
         key = (start, stop, cache.keys.data_ptr(), cache.keys.shape, self.cos.shape[0])
         result: Tensor = self.replay(key, stretch, x, inputs)

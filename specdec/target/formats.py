@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.reference import FP8
-from specdec.target.checkpoint import read_json
-from specdec.target.lazy import LazyTensor, stack
+from specdec.weights.checkpoint import read_json
+from specdec.weights.lazy import LazyTensor, stack
 
 __all__ = ["is_quantized", "parameters", "quantization"]
 

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from specdec.paths import cache_dir
-from specdec.target.checkpoint import open_safetensors
+from specdec.weights.checkpoint import open_safetensors
 
 __all__ = ["cache_dir", "convert_gguf", "smollm2_checkpoint"]
 

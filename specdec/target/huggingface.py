@@ -20,10 +20,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from specdec.kernels import reference
-from specdec.target import checkpoint as checkpoints
 from specdec.target._huggingface import SlotCache, Taps
 from specdec.target.llama import DTYPES, choose_device, load_tokenizer
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput
+from specdec.weights import checkpoint as checkpoints
 
 ATTENTION = ("sdpa", "eager")  # what takes any mask
 

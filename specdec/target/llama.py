@@ -12,11 +12,11 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.nn import KVCache, ModelConfig, Shard
-from specdec.target.checkpoint import Named
 from specdec.target.loading import make_model, open_source, parse_shard
 from specdec.target.memory import check_cache
 from specdec.target.ranks import Ranks, join
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary
+from specdec.weights.checkpoint import Named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,6 +98,11 @@ class Llama:
         if self.ranks is None or self.config.tie_word_embeddings:
             return self._head
         return self.ranks.gather(self._head).flatten(0, 1)
+
+    def operations(self, config: ModelConfig) -> Any:
+        """What a draft head of that config computes with: the kernels of this model if they can, whole on every rank."""
+        asked = "auto" if self.backend == "native" else "torch"
+        return operations(choose_backend(asked, self.device, config), self.device)
 
     def allocate(self, batch_size: int, max_len: int, num_nodes: int, features: Sequence[int | str] = ()) -> None:
         """Make room for rows of max_len tokens; an earlier cache is used again where it is large enough."""

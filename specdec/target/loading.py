@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from specdec.nn import DecoderModel, ModelConfig, Shard
-from specdec.target import checkpoint as checkpoints
-from specdec.target.checkpoint import Named
 from specdec.target.formats import is_quantized, parameters, quantization
 from specdec.target.memory import check_weights
 from specdec.target.presets import read_preset
 from specdec.target.random import fill_random
+from specdec.weights import checkpoint as checkpoints
+from specdec.weights.checkpoint import Named
 
 QUANTIZE, WEIGHTS = ("auto", "fp8", "none"), ("checkpoint", "random")
 

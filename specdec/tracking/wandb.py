@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from specdec import metrics
 
 Mode = Literal["auto", "online", "offline", "disabled"]
-FILES = ["config.yaml", "environment.json", "trace.jsonl", "metrics.json", "table.md", "results.png"]
+FILES = ["config.yaml", "environment.json", "trace.jsonl", "train.jsonl", "metrics.json", "table.md", "results.png"]
 OUTAGE = (wandb.errors.Error, OSError, subprocess.SubprocessError)  # OSError: ConnectionError and TimeoutError too
 
 
@@ -93,7 +93,10 @@ class WandbTracker:
             settings=settings,
         )
         try:
-            run.log(_content(folder))
+            last = 0
+            for last, values in _curves(folder):
+                run.log(values, step=last)
+            run.log(_content(folder), step=last)
             for name in FILES:
                 if (folder / name).exists():  # copied first: wandb links files from elsewhere, and links break
                     inside = shutil.copy2(folder / name, run.dir)
@@ -148,6 +151,20 @@ def _config(folder: Path) -> dict[str, Any]:
 def _facts(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / "environment.json").read_text())
     return facts
+
+
+def _curves(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """What a training run measured, by step: train/loss, a number a depth such as train/accuracy/1, heldout/loss, tau/TASK."""
+    path = folder / "train.jsonl"
+    for row in metrics.read_rows(path)[0] if path.exists() else []:
+        step, lengths, heldout = row.pop("step"), row.pop("tau", {}), row.pop("heldout", {})
+        values = {f"tau/{task}": value[0] for task, value in lengths.items() if value[0] is not None}
+        for group, measured in (("train", row), ("heldout", heldout)):
+            for name, value in measured.items():
+                several = value if isinstance(value, list) else None
+                values |= {f"{group}/{name}/{i}": x for i, x in enumerate(several or (), 1)}
+                values |= {f"{group}/{name}": value} if several is None else {}
+        yield step, values
 
 
 def _content(folder: Path) -> dict[str, Any]:

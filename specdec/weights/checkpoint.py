@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from specdec.kernels.reference import FP8
 from specdec.nn.parallel import Shard
-from specdec.target import convert
-from specdec.target.lazy import Index, LazyTensor
+from specdec.weights import convert
+from specdec.weights.lazy import Index, LazyTensor
 
 __all__ = [
     "check_loaded",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from specdec.kernels import reference
-from specdec.target.lazy import Index, LazyTensor
+from specdec.weights.lazy import Index, LazyTensor
 
 _BLOCK = 1 << 25  # elements moved at a time: bounds what the host and the device hold besides the parameter
 

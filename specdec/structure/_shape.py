@@ -1,6 +1,6 @@
-"""Static tree shapes, and drafting over them level by level with an autoregressive model.
+"""Static tree shapes as index tensors.
 
-Shapes: B rows, N nodes with the root, n nodes of one level, c children drawn at a node, D depth, V vocabulary.
+Shapes: B rows, N nodes with the root, n nodes of one level, c choices at a node, D depth.
 A shape is a list of child-index paths (Medusa, 2401.10774): (0, 2) is the third choice after the root's first choice.
 """
 
@@ -13,10 +13,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from specdec.sampling import STREAM_DRAFT, argmax, gumbel, warp
-from specdec.types import DraftTree, Law, ModelInputs, Sampling
+from specdec.types import DraftTree, ModelInputs
 
-__all__ = ["TreeShape", "draft_tree", "likely_paths", "regular_paths"]
+__all__ = ["TreeShape", "likely_paths", "regular_paths"]
 
 Path = tuple[int, ...]
 
@@ -26,20 +25,21 @@ def regular_paths(num_children: Sequence[int]) -> list[Path]:
     return [path for d in range(len(num_children)) for path in product(*map(range, num_children[: d + 1]))]
 
 
-def likely_paths(num_draft_tokens: int, top_k: int, max_depth: int, rank_prob: Callable[[int], float]) -> list[Path]:
-    """The paths most likely to be accepted when the r-th choice is right with rank_prob(r) at every node.
+def likely_paths(num_draft_tokens: int, rates: Callable[[int], Sequence[float]], max_depth: int) -> list[Path]:
+    """The paths most likely to be accepted when the r-th choice at a node of depth d is right with rates(d)[r].
 
-    rank_prob must fall with r; then best-first search is optimal (Sequoia, 2402.12374, for one vector at all depths).
+    Rates must fall with r; then best-first search is optimal (Sequoia, 2402.12374).
     """
     paths: list[Path] = []
-    queue: list[tuple[float, Path]] = [(-rank_prob(0), (0,))]
+    queue: list[tuple[float, Path]] = [(-rates(0)[0], (0,))]
     while queue and len(paths) < num_draft_tokens:
         cost, path = heapq.heappop(queue)
         paths.append(path)
+        rank, own = path[-1], rates(len(path) - 1)
         if len(path) < max_depth:
-            heapq.heappush(queue, (cost * rank_prob(0), (*path, 0)))
-        if path[-1] + 1 < top_k:
-            heapq.heappush(queue, (cost / rank_prob(path[-1]) * rank_prob(path[-1] + 1), (*path[:-1], path[-1] + 1)))
+            heapq.heappush(queue, (cost * rates(len(path))[0], (*path, 0)))
+        if rank + 1 < len(own):
+            heapq.heappush(queue, (cost / own[rank] * own[rank + 1], (*path[:-1], rank + 1)))
     return paths
 
 
@@ -58,6 +58,7 @@ class TreeShape:
                 raise ValueError(f"tree path {list(path)} needs {list(needed)} in the tree as well; add it")
         self.num_nodes = len(nodes)
         self.depth = len(nodes[-1])
+        self.is_chain = self.depth == self.num_nodes - 1
         self.parents = torch.tensor([-1, *(index[path[:-1]] for path in nodes[1:])], dtype=torch.int32)
         self.starts = [next(i for i, path in enumerate(nodes) if len(path) == d) for d in range(self.depth + 1)]
         self.num_choices = [max(p[-1] for p in nodes if len(p) == d) + 1 for d in range(1, self.depth + 1)]
@@ -86,8 +87,7 @@ class TreeShape:
     def level_inputs(self, tokens: Tensor, prefix_lens: Tensor, d: int) -> ModelInputs:
         """A forward of level d, tokens [B, n], over the levels above it. A chain is plain causal attention."""
         positions = (prefix_lens[:, None] + d).repeat(1, tokens.shape[1])
-        is_chain = self.depth == self.num_nodes - 1
-        paths = None if is_chain else self.slots[d].repeat(tokens.shape[0], 1, 1)  # kernels read dense memory
+        paths = None if self.is_chain else self.slots[d].repeat(tokens.shape[0], 1, 1)  # kernels read dense memory
         return ModelInputs(tokens, positions, prefix_lens, paths, self.starts[d])
 
     def tree(self, tokens: Tensor, num_nodes: Tensor | None = None, probs: Tensor | None = None) -> DraftTree:
@@ -96,58 +96,3 @@ class TreeShape:
         if num_nodes is None:
             num_nodes = torch.full((batch,), self.num_nodes, dtype=torch.int32, device=tokens.device)
         return DraftTree(tokens, self.parents.expand(batch, -1), num_nodes, self.depth, probs)
-
-
-def draft_tree(
-    forward: Callable[[ModelInputs], Tensor],
-    shape: TreeShape,
-    root: Tensor,
-    prefix_lens: Tensor,
-    sampling: Sampling,
-    law: Law,
-    root_logits: Tensor | None = None,
-) -> DraftTree:
-    """Draft level by level; node i keeps its K/V in slot prefix + i. root [B], prefix_lens [B] -> tree of `shape`.
-
-    forward: logits [B, n, V] of one level. root_logits [B, 1, V]: given when the root has been run already.
-    Greedy rows need no draws, so a greedy batch gets deterministic drafts (probs None) under every law.
-    """
-    if sampling.mode == "greedy":
-        law = "any"
-    tokens, probs = [root[:, None]], []
-    for d in range(shape.depth):
-        if d == 0 and root_logits is not None:
-            logits = root_logits
-        else:
-            logits = forward(shape.level_inputs(tokens[-1], prefix_lens, d))
-        if law != "any":
-            logits = warp(logits, sampling)
-            probs.append(logits.softmax(-1))
-        tokens.append(_children(logits, shape, d, sampling, law))
-    leaves = shape.num_nodes - sum(level.shape[1] for level in probs)
-    if probs:  # nothing hangs on the last level: its rows are never read
-        probs.append(probs[-1][:, -1:].expand(-1, leaves, -1))
-    return shape.tree(torch.cat(tokens, 1), probs=torch.cat(probs, 1) if probs else None)
-
-
-def _children(logits: Tensor, shape: TreeShape, d: int, sampling: Sampling, law: Law) -> Tensor:
-    """Tokens of level d + 1 given their parents' logits, warped unless law is "any". [B, n, V] -> int64 [B, n'].
-
-    Noise is hashed from position and node, so that draws at different nodes are independent: "iid" from the child's
-    own index, "distinct" from its parent's (Gumbel top-k = sampling without replacement in draw order; 1903.06059).
-    """
-    if law == "iid":
-        logits = logits[:, shape.parent_at[d]]
-        return argmax(logits + _noise(logits, sampling, d, shape.starts[d + 1]))
-    if law == "distinct":
-        logits = logits + _noise(logits, sampling, d, shape.starts[d])
-    count = shape.num_choices[d]
-    choices = argmax(logits)[..., None] if count == 1 else logits.topk(count, dim=-1).indices
-    return shape.take(choices, d)
-
-
-def _noise(logits: Tensor, sampling: Sampling, d: int, first_node: int) -> Tensor:
-    """Gumbel noise for draws at depth d + 1, a row for each node from first_node on. f32, shaped like logits."""
-    node = torch.arange(first_node, first_node + logits.shape[1], device=logits.device)
-    position = sampling.position[:, None].long() + d + (node << 20)
-    return gumbel(sampling.seed[:, None], position, STREAM_DRAFT, logits.shape[-1])
