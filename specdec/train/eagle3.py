@@ -187,9 +187,9 @@ def make_head(
 ) -> Eagle3Head:
     """A fresh head for a target, on the CPU in f32. taps None: `default_feature_layers`; intermediate_size None: the target's.
 
-    The layer starts small and random. lm_head and norm start as the target's own, rows of the draft vocabulary alone:
-    what the layer adds up is then read like the target's last stream from the first step on. ValueError: a target whose
-    layers are not known, or that lacks a tapped one.
+    The layer starts small and random, fc lets the last tap through, lm_head (rows of the draft vocabulary) and norm are the
+    target's own: the head begins as an early exit of the target, and only the step to the next token is to be learnt.
+    ValueError: a target whose layers are not known, or that lacks a tapped one.
     """
     sizes = target.config
     if not isinstance(sizes, ModelConfig):
@@ -211,6 +211,7 @@ def make_head(
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=_SPREAD, generator=generator)
+        head.fc.weight[:, -sizes.hidden_size :] += torch.eye(sizes.hidden_size)
         rows = target.lm_head.cpu()
         head.lm_head.weight.copy_(rows if head.ids is None else rows[head.ids])
         head.norm.weight.copy_(target.model.norm.cpu())
