@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from specdec.composition import compose_config
 from specdec.testing import ConformanceError, check_verifier
 
 ROOT = Path(__file__).parents[1]
@@ -132,15 +132,17 @@ def test_the_example_verifier_is_rightly_lossy() -> None:
 def test_commands_compose(command: str) -> None:
     """The config of every command, with the first value of what it sweeps."""
     words = shlex.split(command.removeprefix("torchrun --nproc-per-node 2 -m "), comments=True)
-    assert words[0] == "specdec"
+    assert words.pop(0) == "specdec"
+    name = words.pop(0) if words[0] == "train" else "config"
     overrides = []
-    for override in OverridesParser.create().parse_overrides([word for word in words[1:] if not word.startswith("-")]):
+    for override in OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")]):
         if override.is_sweep_override():
             assert "-m" in words
             overrides.append(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
         else:
             overrides.append(str(override.input_line))
-    assert "drafter" in compose_config(overrides)
+    with initialize_config_module("specdec.conf", version_base="1.3"):
+        assert "drafter" in compose(name, overrides=overrides)
 
 
 @pytest.mark.parametrize("group", ["drafter", "verifier"])

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from specdec.drafter import Drafter
-from specdec.drafter._head import find_head
-from specdec.kernels import reference
+from specdec.drafter._head import features_of, find_head, load_head, operations, read_config
 from specdec.nn import EagleConfig, EagleModel, KVCache
 from specdec.structure import RootState, Structure, as_structure
 from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
-from specdec.weights import checkpoint as checkpoints
 
 __all__ = ["Eagle3"]
 
@@ -43,7 +41,7 @@ class Eagle3(Drafter):
             raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
         self.structure = as_structure(structure, num_draft_tokens)
         self.folder = find_head(checkpoint)
-        self.config = read_config(self.folder)
+        self.config = read_config(self.folder, EagleConfig.from_dict, "EAGLE-3")
         self.features = self.config.feature_layers
         self.prefill_chunk = prefill_chunk
         self.laws, self.depth = self.structure.laws, self.structure.depth
@@ -56,7 +54,8 @@ class Eagle3(Drafter):
         if self._target is not target:
             self.config.check(target.config)
             self._target, self._cache = None, None
-            self.model = load_head(self.folder, self.config, target)
+            self.model = load_head(EagleModel, self.config, self.folder, target)
+            self.model.pack(operations(target, self.config.layer), target.embed)
             self._target = target
         self._law = law
         self.structure.to(target.lengths.device)
@@ -82,13 +81,7 @@ class Eagle3(Drafter):
             )
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
-        features = inputs.features
-        if features is None:
-            raise ValueError(
-                f"the head drafts from the target's layers {list(self.features)}, and {type(self._target).__name__} gives no "
-                "features: use target=llama"
-            )
-        last = self._read(inputs, features)
+        last = self._read(inputs, features_of(inputs, self._target, self.features))
         state = RootState(
             self.model.logits(last)[:, None], last[:, None], self.model.token_ids, self.config.layer.vocab_size
         )
@@ -123,31 +116,3 @@ class Eagle3(Drafter):
         assert hidden is not None
         states, logits = self.model(inputs, hidden.flatten(0, 1), self._cache)
         return logits.view(*inputs.tokens.shape, -1), states.view(hidden.shape)
-
-
-def read_config(folder: Path) -> EagleConfig:
-    """A head's config.json."""
-    try:
-        return EagleConfig.from_dict(checkpoints.read_config(folder))
-    except ValueError as error:
-        raise ValueError(f"{folder} holds no EAGLE-3 head: {error}") from error
-
-
-def load_head(folder: Path, config: EagleConfig, target: Any) -> EagleModel:
-    """A head's weights in the dtype and on the device of the target, whose embeddings it shares; ready to run."""
-    table: Tensor = target.embed
-    tensors = dict(checkpoints.iter_tensors(folder))
-    missing = [name for name in ("d2t", "t2d") if config.is_reduced and name not in tensors]
-    if missing:
-        raise ValueError(
-            f"{folder} lacks {' and '.join(missing)}, and its config.json has draft_vocab_size {config.draft_vocab_size} of "
-            f"vocab_size {config.layer.vocab_size}: export the head with both, or without a draft vocabulary"
-        )
-    with table.device:
-        model = EagleModel(config, table.dtype)
-    try:
-        checkpoints.load_state(model, tensors.items())
-        model.pack(target.operations(config.layer) if hasattr(target, "operations") else reference, table)
-    except ValueError as error:
-        raise ValueError(f"the head in {folder} is not what its config.json describes: {error}") from error
-    return model

@@ -166,7 +166,7 @@ class EagleModel(nn.Module):
         """Give the weights to a backend, and let the originals go. embedding [V, H]: the target's table, shared."""
         self.ops, self.replay, self.embedding = ops, ops.Replay(), embedding
         self.eps, self.rule = self.config.layer.rms_norm_eps, AttentionRule()
-        self.token_ids = self._token_ids()
+        self.token_ids = draft_ids(self.d2t, self.t2d) if self.config.is_reduced else None
         layer, attn = self.midlayer, self.midlayer.self_attn
         self.pair_norm = torch.stack([layer.input_layernorm.weight.data, layer.hidden_norm.weight.data])
         self.mlp_norm, self.out_norm = layer.post_attention_layernorm.weight.data, self.norm.weight.data
@@ -177,18 +177,6 @@ class EagleModel(nn.Module):
         self.fuser, self.head = ops.pack(self.fc.value()), ops.pack(self.lm_head.value())
         del self.midlayer, self.fc, self.lm_head
         self.set_positions(256)
-
-    def _token_ids(self) -> Tensor | None:
-        """The target's id of every draft id, int64 [W]; None: they are the same."""
-        if not self.config.is_reduced:
-            return None
-        ids = torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
-        if not torch.equal(ids.sort().values, self.t2d.nonzero().flatten()):
-            raise ValueError(
-                f"d2t and t2d disagree: {len(ids)} draft ids do not map onto the {int(self.t2d.sum())} marked of "
-                f"{len(self.t2d)} target ids, one to one; export the head again"
-            )
-        return ids
 
     def set_positions(self, positions: int) -> None:
         """Make the rotary tables cover that many positions."""
@@ -241,3 +229,14 @@ class EagleModel(nn.Module):
         norm = None if self.config.norm_output else self.out_norm
         result: Tensor = self.ops.norm_linear(hidden, norm, self.eps, self.head)
         return result
+
+
+def draft_ids(d2t: Tensor, t2d: Tensor) -> Tensor:
+    """The target's id of every draft id, int64 [W], from the two tables of a checkpoint, which must agree."""
+    ids = torch.arange(len(d2t), device=d2t.device) + d2t
+    if not torch.equal(ids.sort().values, t2d.nonzero().flatten()):
+        raise ValueError(
+            f"d2t and t2d disagree: {len(ids)} draft ids do not map onto the {int(t2d.sum())} marked of {len(t2d)} target "
+            "ids, one to one; export the head again"
+        )
+    return ids
