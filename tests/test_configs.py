@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -57,9 +58,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def needed(group: str, name: str, checkpoint: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained heads, of which only the description is there: weights are read with the first request."""
+    folder = tmp_path_factory.mktemp("heads")
+    for name, kind in (("medusa", "MedusaModel"), ("hydra", "HydraModel")):
+        (folder / name).mkdir()
+        sizes = {"hidden_size": 64, "vocab_size": 260, "num_heads": 4}
+        (folder / name / "config.json").write_text(json.dumps({"architectures": [kind], **sizes}))
+    return folder
+
+
+def needed(group: str, name: str, checkpoint: Path, heads: Path) -> list[str]:
     """Values for the keys that have none of their own."""
     values = {
+        "drafter/medusa": [f"drafter.checkpoint={heads / 'medusa'}"],
+        "drafter/hydra": [f"drafter.checkpoint={heads / 'hydra'}"],
         "target/llama": [f"target.checkpoint={checkpoint}"],
         "target/maverick": [f"target.checkpoint={checkpoint}"],
         "target/huggingface": [f"target.checkpoint={checkpoint}"],
@@ -86,10 +100,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("file", CHOICES)
-def test_each_choice_builds(file: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_choice_builds(file: str, checkpoint: Path, heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.target.gguf.smollm2_checkpoint", lambda: checkpoint)
     group, name = file.split("/")
-    built = build(compose_config(needed(group, name, checkpoint))[group], group)
+    built = build(compose_config(needed(group, name, checkpoint, heads))[group], group)
     interface = PACKAGES[group][1]
     assert interface is None or isinstance(built, interface)
     assert interface is not None or hasattr(built, {"dataset": "load", "tracking": "log"}[group])
@@ -201,7 +215,6 @@ CHAINS_ONLY = {"speculative_sampling", "block"}
 VARIANTS = {
     "layer_skip_tree": ["drafter=layer_skip", "drafter.structure=[2,2]"],
     "layer_skip_dynamic": ["drafter=layer_skip", "structure@drafter.structure=dynamic", "drafter.structure.depth=3"],
-    "small_model": ["drafter=small_model", "target@drafter.model=toy"],
     "small_model_tree": ["drafter=small_model", "target@drafter.model=toy", "drafter.structure=[2,1]"],
     "suffix_tree": ["drafter=suffix", "drafter.tree=true"],
 }
@@ -210,9 +223,10 @@ VARIANTS = {
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("verifier", NAMES["verifier"])
 @pytest.mark.parametrize("drafter", sorted({*NAMES["drafter"], *VARIANTS}))
-def test_pairs_are_checked_before_a_target_is_built(drafter: str, verifier: str) -> None:
+def test_pairs_are_checked_before_a_target_is_built(drafter: str, verifier: str, heads: Path, checkpoint: Path) -> None:
     """A pair that fits gets as far as the target; one that does not says what each side needs and offers."""
-    overrides = [*VARIANTS.get(drafter, [f"drafter={drafter}"]), f"verifier={verifier}", "target=toy"]
+    chosen = VARIANTS.get(drafter) or needed("drafter", drafter, checkpoint, heads)
+    overrides = [*chosen, f"verifier={verifier}", "target=toy"]
     if drafter in TREES and verifier in CHAINS_ONLY:
         with pytest.raises(ValueError, match=r"judges chains only, and [A-Za-z]+ proposes trees"):
             specdec.load(*overrides)

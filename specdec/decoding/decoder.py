@@ -186,10 +186,10 @@ class SpeculativeDecoder:
         nodes = self.drafter.num_draft_tokens + 1
         batch = min(self.batch_size, len(requests))
         max_len = max(len(request.ids) for request in requests) + max_new_tokens
-        self.target.allocate(batch, max_len, nodes, self.drafter.features)
         device = self.target.lengths.device
         room = max_len + nodes if device.type == "cpu" else capacity(max_len + nodes)
-        self.drafter.setup(self.target, batch, room, self.verifier.law)
+        self.drafter.setup(self.target, batch, room, self.verifier.law)  # knows now which features it needs
+        self.target.allocate(batch, max_len, nodes, self.drafter.features)
         sampling = self.sampling.tensors(batch, device)
         state = DecodeState.empty(batch, room, self._stop_ids(stop, ignore_eos), sampling)
         self.state, self._lengths = state, self.target.lengths

@@ -16,7 +16,9 @@ class Drafter(ABC):
 
     num_draft_tokens: int  # static; the tree has one node more, the root
     depth: int  # static
-    features: Sequence[int | str] = ()  # target layers to tap: 0-based ids (residual stream after it) or "hidden"
+    features: Sequence[
+        int | str
+    ] = ()  # target layers to tap: 0-based ids (stream after it) or "hidden"; known after setup
     laws: frozenset[Law] = frozenset({"any"})  # "any": deterministic drafts; "iid" / "distinct": drawn, with probs
     graphable: bool = True  # False: reads tensors on the host, runs outside a CUDA graph
     catches_up: bool = True  # False: propose reads neither num_new nor features, so its first step is like any other

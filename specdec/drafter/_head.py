@@ -14,7 +14,16 @@ from specdec.nn.eagle import draft_ids
 from specdec.types import DraftInputs
 from specdec.weights import checkpoint as checkpoints
 
-__all__ = ["HEADS", "features_of", "find_head", "last_features", "load_head", "operations", "read_config"]
+__all__ = [
+    "HEADS",
+    "check_embedding",
+    "features_of",
+    "find_head",
+    "last_features",
+    "load_head",
+    "operations",
+    "read_config",
+]
 
 Config = TypeVar("Config")
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -23,14 +32,16 @@ HEADS = Path(__file__).parents[1] / "heads"  # what ships
 
 
 def find_head(name: str | Path) -> Path:
-    """The folder of that name, else the shipped head of that name."""
+    """The folder of that name, else the shipped head of that name, else the Hub repository (OWNER/NAME)."""
     for folder in (Path(name).expanduser(), HEADS / name):
         if folder.is_dir():
             return folder
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return checkpoints.resolve(name)
     shipped = sorted(path.parent.name for path in HEADS.glob("*/config.json"))
     raise ValueError(
-        f"drafter.checkpoint={name} is neither a folder nor a head that ships ({', '.join(shipped) or 'none does'}): "
-        "give the folder of a trained head, or make one with `specdec train`"
+        f"drafter.checkpoint={name} is neither a folder, nor a head that ships ({', '.join(shipped) or 'none does'}), nor "
+        "OWNER/NAME on the Hub: give the folder of a trained head, or make one with `specdec train`"
     )
 
 
@@ -42,10 +53,20 @@ def read_config(folder: Path, parse: Callable[[Mapping[str, Any]], Config], kind
         raise ValueError(f"{folder} holds no {kind} head: {error}") from error
 
 
-def load_head(make: Callable[[Any, torch.dtype], Module], config: Any, folder: Path, target: Any) -> Module:
-    """A head's weights, in the dtype and on the device of the target. ValueError: not what the config describes."""
+def load_head(
+    make: Callable[[Any, torch.dtype], Module],
+    config: Any,
+    folder: Path,
+    target: Any,
+    rename: Callable[[str], str | None] = lambda name: name,
+) -> Module:
+    """A head's weights, in the dtype and on the device of the target. ValueError: not what the config describes.
+
+    rename: a tensor's name in the file to the module's, None to leave it out.
+    """
     table: Tensor = target.embed
-    tensors = dict(checkpoints.iter_tensors(folder))
+    named = ((rename(name), tensor) for name, tensor in checkpoints.iter_tensors(folder))
+    tensors = {name: tensor for name, tensor in named if name is not None}
     missing = [name for name in ("d2t", "t2d") if config.is_reduced and name not in tensors]
     if missing:
         raise ValueError(
@@ -61,6 +82,18 @@ def load_head(make: Callable[[Any, torch.dtype], Module], config: Any, folder: P
     except ValueError as error:
         raise ValueError(f"the head in {folder} is not what its config.json describes: {error}") from error
     return model
+
+
+def check_embedding(folder: Path, target: Any) -> None:
+    """ValueError where a head brings an embedding, and it is not the target's: it was made for another target."""
+    for name, tensor in checkpoints.iter_tensors(folder):
+        if name == "embed_tokens.weight":
+            theirs, ours = tensor.read().float(), target.embed.cpu().float()
+            if theirs.shape != ours.shape or (theirs - ours).norm() > 0.01 * ours.norm():
+                raise ValueError(
+                    f"the head in {folder} brings an embed_tokens.weight that differs from the target's "
+                    f"({list(theirs.shape)} and {list(ours.shape)}): it was made for another target"
+                )
 
 
 def operations(target: Any, config: Any) -> Any:

@@ -7,7 +7,7 @@ Entry t of a row joins the features of token t with token t + 1 and predicts tok
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from specdec.drafter import Drafter
-from specdec.drafter._head import features_of, find_head, load_head, operations, read_config
+from specdec.drafter._eagle_formats import Format, format_of
+from specdec.drafter._head import check_embedding, features_of, find_head, load_head, operations, read_config
 from specdec.nn import EagleConfig, EagleModel, KVCache
 from specdec.structure import RootState, Structure, as_structure
 from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
@@ -24,7 +25,7 @@ __all__ = ["Eagle3"]
 
 
 class Eagle3(Drafter):
-    """Drafts with an EAGLE-3 head; checkpoint: its folder, or the name of one that ships.
+    """Drafts with an EAGLE-3 head; checkpoint: its folder, the name of one that ships, or one on the Hub (`_eagle_formats`).
 
     Of the features of what a step committed the head makes entries in its cache, behind the earlier ones; drafts go on from
     the last entry, each from the state of the one before, and their entries are overwritten by the next step's true ones.
@@ -41,7 +42,7 @@ class Eagle3(Drafter):
             raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
         self.structure = as_structure(structure, num_draft_tokens)
         self.folder = find_head(checkpoint)
-        self.config = read_config(self.folder, EagleConfig.from_dict, "EAGLE-3")
+        self.config, self.format = read_config(self.folder, _parse, "EAGLE-3")
         self.features = self.config.feature_layers
         self.prefill_chunk = prefill_chunk
         self.laws, self.depth = self.structure.laws, self.structure.depth
@@ -52,9 +53,11 @@ class Eagle3(Drafter):
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
         if self._target is not target:
-            self.config.check(target.config)
             self._target, self._cache = None, None
-            self.model = load_head(EagleModel, self.config, self.folder, target)
+            self.config = self.config.for_target(target.config)
+            self.features = self.config.feature_layers
+            check_embedding(self.folder, target)
+            self.model = load_head(EagleModel, self.config, self.folder, target, self.format.rename)
             self.model.pack(operations(target, self.config.layer), target.embed)
             self._target = target
         self._law = law
@@ -116,3 +119,9 @@ class Eagle3(Drafter):
         assert hidden is not None
         states, logits = self.model(inputs, hidden.flatten(0, 1), self._cache)
         return logits.view(*inputs.tokens.shape, -1), states.view(hidden.shape)
+
+
+def _parse(config: Mapping[str, Any]) -> tuple[EagleConfig, Format]:
+    """A head's config.json, in whichever format it is."""
+    found = format_of(config)
+    return EagleConfig.from_dict(found.translate(config)), found

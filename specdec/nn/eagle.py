@@ -7,7 +7,7 @@ Entry t of a row takes the embedding of token t + 1 and the features of token t,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ _NEEDED = (
     "num_attention_heads",
     "vocab_size",
     "num_hidden_layers",
-    "feature_layers",
 )
 _SWITCHES = ("norm_before_residual", "norm_output", "fc_norm")
 
@@ -45,7 +44,7 @@ class EagleConfig:
 
     layer: ModelConfig  # the one layer: Llama's sizes, norms and RoPE; hidden_size and vocab_size are the target's
     draft_vocab_size: int
-    feature_layers: tuple[int, ...]  # of the target, 0-based, in the order of the features
+    feature_layers: tuple[int, ...]  # of the target, 0-based, in the order of the features; empty: `for_target` knows
     norm_before_residual: bool = False  # the layer's residual is hidden_norm(h), not h
     norm_output: bool = False  # the next draft step takes norm(g), not g (EAGLE-3.1)
     fc_norm: bool = False  # each tap's features meet an RMSNorm before fc (EAGLE-3.1)
@@ -71,10 +70,14 @@ class EagleConfig:
             raise ValueError(
                 f"hidden_size is {layer.hidden_size}, target_hidden_size {theirs}: only heads as wide as their target work here"
             )
-        drafts, taps = config.get("draft_vocab_size") or layer.vocab_size, tuple(config["feature_layers"])
+        if not layer.plain:
+            raise ValueError(
+                f"model_type {layer.model_type!r} has layers that are not computed in a head: only Llama's are"
+            )
+        drafts, taps = config.get("draft_vocab_size") or layer.vocab_size, tuple(config.get("feature_layers") or ())
         if not 0 < drafts <= layer.vocab_size:
             raise ValueError(f"draft_vocab_size {drafts} must be 1 to vocab_size, {layer.vocab_size}")
-        if not taps or any(not isinstance(tap, int) or tap < 0 for tap in taps):
+        if any(not isinstance(tap, int) or tap < 0 for tap in taps):
             raise ValueError(f"feature_layers {list(taps)} must name the target's layers, counted from 0")
         return cls(layer, drafts, taps, **{key: bool(config.get(key, False)) for key in _SWITCHES})
 
@@ -102,6 +105,13 @@ class EagleConfig:
             "feature_layers": list(self.feature_layers),
             **{key: getattr(self, key) for key in _SWITCHES},
         }
+
+    def for_target(self, target: Any) -> EagleConfig:
+        """This head on a target of this config, with the usual layers where it names none; ValueError as in `check`."""
+        named = self.feature_layers or default_feature_layers(target.num_layers)
+        config = replace(self, feature_layers=named)
+        config.check(target)
+        return config
 
     def check(self, target: Any) -> None:
         """ValueError unless the head was made for a target of this config (hidden_size, vocab_size, num_layers)."""

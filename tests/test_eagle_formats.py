@@ -1,0 +1,115 @@
+"""Heads as other projects publish them: the same head in every layout drafts the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heads import Tensors, head_config, head_tensors, write_head
+from safetensors.torch import load_file, save_file
+
+from specdec.decoding import SpeculativeDecoder
+from specdec.drafter.eagle3 import Eagle3
+from specdec.nn.eagle import default_feature_layers
+from specdec.target.toy import Toy
+from specdec.verifier.target_only import TargetOnly
+
+Layout = Callable[[dict[str, Any], Tensors, Toy], tuple[dict[str, Any], Tensors]]
+
+
+def safeailab(config: dict[str, Any], tensors: Tensors, toy: Toy) -> tuple[dict[str, Any], Tensors]:
+    """Names no layers and brings the target's embedding along."""
+    config = {key: value for key, value in config.items() if key not in ("feature_layers", "target_hidden_size")}
+    return config, tensors | {"embed_tokens.weight": toy.embed.clone()}
+
+
+def nvidia(config: dict[str, Any], tensors: Tensors, toy: Toy) -> tuple[dict[str, Any], Tensors]:
+    """Layers counted after."""
+    config = dict(config)
+    inner = {"eagle_aux_hidden_state_layer_ids": config.pop("feature_layers"), "use_aux_hidden_state": True}
+    return config | {"eagle_config": inner}, tensors
+
+
+def speculators(config: dict[str, Any], tensors: Tensors, toy: Toy) -> tuple[dict[str, Any], Tensors]:
+    """Layers counted before; the layer's config inside, its tensors under another name."""
+    outside = ("architectures", "feature_layers", "draft_vocab_size", "target_hidden_size")
+    layer = {key: value for key, value in config.items() if key not in outside}
+    whole = {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "transformer_layer_config": layer,
+        "draft_vocab_size": config["draft_vocab_size"],
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in config["feature_layers"]],
+        "norm_before_residual": False,
+    }
+    return whole, {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}
+
+
+def drafted(folder: Path, toy: Toy) -> tuple[float, list[list[int]], tuple[int, ...]]:
+    """Acceptance length, answers and layers read."""
+    drafter = Eagle3(folder, num_draft_tokens=3)
+    result = SpeculativeDecoder(toy, drafter, TargetOnly()).generate([[5, 6, 7, 8, 9]], 40, ignore_eos=True)
+    return result.trace.acceptance_length, result.tokens, tuple(drafter.features)  # type: ignore[arg-type]
+
+
+def written(layout: Layout, folder: Path, toy: Toy, drafts: int | None = 96, **changes: Any) -> Path:
+    config = head_config(toy.config, drafts)
+    config, tensors = layout(config, head_tensors(config), toy)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("drafts", [96, None])
+@pytest.mark.parametrize("layout", [safeailab, nvidia, speculators])
+def test_every_layout_is_the_same_head(layout: Layout, drafts: int | None, tmp_path: Path, toy: Toy) -> None:
+    config = head_config(toy.config, drafts)
+    write_head(tmp_path / "own", config, head_tensors(config))
+    own = drafted(tmp_path / "own", toy)
+    assert own[2] == default_feature_layers(toy.config.num_layers)
+    assert drafted(written(layout, tmp_path / "published", toy, drafts), toy) == own
+
+
+def test_the_wrong_convention_is_another_head(tmp_path: Path, toy: Toy) -> None:
+    """Control: layers counted before, taken as counted after, are read one too late."""
+    config = head_config(toy.config, 96, feature_layers=[0, 1])
+    tensors = head_tensors(config)
+    layers = {}
+    for name, layout in (("nvidia", nvidia), ("speculators", speculators)):
+        changed, named = layout(config, tensors, toy)
+        (tmp_path / name).mkdir()
+        if name == "speculators":
+            changed["eagle_aux_hidden_state_layer_ids"] = [0 + 1, 1 + 1]
+        (tmp_path / name / "config.json").write_text(json.dumps(changed))
+        save_file(named, tmp_path / name / "model.safetensors")
+        layers[name] = tuple(Eagle3(tmp_path / name).features)
+    assert layers == {"nvidia": (0, 1), "speculators": (0, 1)}
+    changed["eagle_aux_hidden_state_layer_ids"] = [0, 1]
+    (tmp_path / "speculators" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"feature_layers \[-1, 0\]"):
+        Eagle3(tmp_path / "speculators")
+
+
+def test_what_is_not_computed_is_named(tmp_path: Path, toy: Toy) -> None:
+    with pytest.raises(ValueError, match="norm_before_fc is on"):
+        Eagle3(written(speculators, tmp_path / "a", toy, norm_before_fc=True))
+    folder = written(speculators, tmp_path / "b", toy)
+    config = json.loads((folder / "config.json").read_text())
+    config["transformer_layer_config"]["model_type"] = "qwen3"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model_type 'qwen3' has layers that are not computed in a head"):
+        Eagle3(folder)
+
+
+def test_an_embedding_of_its_own_is_refused(tmp_path: Path, toy: Toy) -> None:
+    """A head that was trained over other embeddings than the target's would draft badly without a sign."""
+    folder = written(safeailab, tmp_path / "a", toy)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"embed_tokens.weight": torch.randn_like(toy.embed)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"embed_tokens.weight that differs from the target's"):
+        drafted(folder, toy)
