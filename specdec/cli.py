@@ -89,7 +89,7 @@ def run(cfg: DictConfig, console: Console) -> float | None:
 def _decoders(cfg: DictConfig, drafters: dict[str, Any], verifier: Any, sampling: Any) -> dict[str, SpeculativeDecoder]:
     """One target, and a decoder for every drafter. ValueError for ranks that would each run a model of their own."""
     from specdec import composition
-    from specdec.decoding import SpeculativeDecoder
+    from specdec.decoding import SpeculativeDecoder, self_test
 
     target, group = composition.build(cfg.target, "target"), _ranks()
     if group is not None and getattr(target, "ranks", None) is None:
@@ -97,10 +97,13 @@ def _decoders(cfg: DictConfig, drafters: dict[str, Any], verifier: Any, sampling
             f"{group.world} processes were started, and {type(target).__name__} with these options is not shared "
             "among processes: start one, or use target=llama without target.shard"
         )
-    return {
+    decoders = {
         name: SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
         for name, drafter in drafters.items()
     }
+    for decoder in decoders.values():
+        self_test(decoder)
+    return decoders
 
 
 def output_folder() -> Path:

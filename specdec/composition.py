@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from specdec.decoding import SamplingParams, SpeculativeDecoder, check_pair
+from specdec.decoding import SamplingParams, SpeculativeDecoder, check_pair, self_test
 from specdec.drafter import Drafter
 from specdec.target import Target
 from specdec.verifier import Verifier
@@ -139,7 +139,9 @@ def load(*overrides: str, config_dir: str | Path | None = None) -> SpeculativeDe
     check_pair(drafter, verifier)
     sampling = build_sampling(cfg)
     target: Target = build(cfg.target, "target")
-    return SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
+    decoder = SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
+    self_test(decoder)
+    return decoder
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:

@@ -90,7 +90,7 @@ def test_heads_that_do_not_fit(tmp_path: Path, toy: Toy) -> None:
         Hydra(tmp_path / "heads")
     with pytest.raises(ValueError, match=r"holds 3 heads, .* and 4 are asked for"):
         Medusa(tmp_path / "heads", num_draft_tokens=4)
-    with pytest.raises(ValueError, match=r"neither a folder nor a head that ships"):
+    with pytest.raises(ValueError, match=r"neither a folder, nor a head that ships"):
         Medusa(tmp_path / "nowhere")
     other = Toy(seed=1)
     object.__setattr__(other.config, "hidden_size", 96)

@@ -2,6 +2,16 @@
 
 from specdec.decoding.decoder import SpeculativeDecoder
 from specdec.decoding.params import SamplingParams, check_pair
+from specdec.decoding.self_test import self_test
 from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
 
-__all__ = ["Chunk", "GenerationResult", "RequestTrace", "SamplingParams", "SpeculativeDecoder", "Trace", "check_pair"]
+__all__ = [
+    "Chunk",
+    "GenerationResult",
+    "RequestTrace",
+    "SamplingParams",
+    "SpeculativeDecoder",
+    "Trace",
+    "check_pair",
+    "self_test",
+]

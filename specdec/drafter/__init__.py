@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdec.types import Acceptance, DraftInputs, DraftTree, Law, ModelOutput
@@ -21,6 +21,8 @@ class Drafter(ABC):
     ] = ()  # target layers to tap: 0-based ids (stream after it) or "hidden"; known after setup
     laws: frozenset[Law] = frozenset({"any"})  # "any": deterministic drafts; "iid" / "distinct": drawn, with probs
     graphable: bool = True  # False: reads tensors on the host, runs outside a CUDA graph
+    trained: bool = False  # drafts with a checkpoint that was made for one target, so it is tested on a known prompt
+    card: Mapping[str, Any] = {}  # what such a checkpoint says of itself: config.json's "specdec"
     catches_up: bool = True  # False: propose reads neither num_new nor features, so its first step is like any other
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:

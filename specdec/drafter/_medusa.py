@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class Heads(Drafter):
     """Loads the heads and grows the structure; a subclass says what a level reads."""
 
     features = ("hidden",)
+    trained = True
     sequential: bool
 
     def __init__(
@@ -30,7 +31,7 @@ class Heads(Drafter):
         kind = type(self).__name__
         self.structure = as_structure(structure, num_draft_tokens)
         self.folder = find_head(checkpoint)
-        self.config = read_config(self.folder, MedusaConfig.from_dict, kind)
+        self.config, self.card = read_config(self.folder, _parse, kind)
         self.laws, self.depth = self.structure.laws, self.structure.depth
         self.num_draft_tokens = self.structure.num_draft_tokens
         if self.config.sequential != self.sequential:
@@ -62,3 +63,8 @@ class Heads(Drafter):
         """Grow the tree in the target's ids."""
         state = replace(state, token_ids=self.model.token_ids, vocab_size=self.config.vocab_size)
         return self.structure.draft(forward, inputs.root, inputs.lengths - 1, inputs.sampling, self._law, state)
+
+
+def _parse(config: Mapping[str, Any]) -> tuple[MedusaConfig, Mapping[str, Any]]:
+    """config.json, and what it says of itself."""
+    return MedusaConfig.from_dict(config), config.get("specdec", {})

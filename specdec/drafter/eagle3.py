@@ -31,6 +31,8 @@ class Eagle3(Drafter):
     the last entry, each from the state of the one before, and their entries are overwritten by the next step's true ones.
     """
 
+    trained = True
+
     def __init__(
         self,
         checkpoint: str | Path,
@@ -42,7 +44,7 @@ class Eagle3(Drafter):
             raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
         self.structure = as_structure(structure, num_draft_tokens)
         self.folder = find_head(checkpoint)
-        self.config, self.format = read_config(self.folder, _parse, "EAGLE-3")
+        self.config, self.format, self.card = read_config(self.folder, _parse, "EAGLE-3")
         self.features = self.config.feature_layers
         self.prefill_chunk = prefill_chunk
         self.laws, self.depth = self.structure.laws, self.structure.depth
@@ -121,7 +123,7 @@ class Eagle3(Drafter):
         return logits.view(*inputs.tokens.shape, -1), states.view(hidden.shape)
 
 
-def _parse(config: Mapping[str, Any]) -> tuple[EagleConfig, Format]:
-    """A head's config.json, in whichever format it is."""
+def _parse(config: Mapping[str, Any]) -> tuple[EagleConfig, Format, Mapping[str, Any]]:
+    """A head's config.json, in whichever format it is, and what it says of itself."""
     found = format_of(config)
-    return EagleConfig.from_dict(found.translate(config)), found
+    return EagleConfig.from_dict(found.translate(config)), found, config.get("specdec", {})

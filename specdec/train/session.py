@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from specdec import metrics
+from specdec.decoding.self_test import known_prompt_length
 from specdec.target import ranks
 from specdec.tracking.environment import environment
 from specdec.tracking.run_folder import RunFolder
@@ -125,6 +126,9 @@ class Session:
         drafter = {key: value for key, value in plain(cfg.drafter).items() if key not in ("_target_", "checkpoint")}
         reached = {"drafter": drafter, "sampling": plain(cfg.sampling), "tau": acceptance_lengths(summary, name)}
         notes = {"steps": at.step, "tokens": at.tokens, "trained_on": facts, "acceptance": reached}
+        decoder = self.evaluation.decoders(path / "head", baseline=False)[name]
+        if (tau := known_prompt_length(decoder)) is not None:
+            notes["self_test"] = {"depth": decoder.drafter.depth, "tau": round(tau, 4)}
         self._export(path / "head", notes, text)
         return summary
 
