@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from heads import Tensors, head_config, head_tensors, write_head
+from heads import Tensors, head_config, head_tensors, in_fp8, write_head
 from safetensors.torch import load_file, save_file
 
 from specdec.decoding import SpeculativeDecoder
 from specdec.drafter.eagle3 import Eagle3
 from specdec.nn.eagle import default_feature_layers
 from specdec.target.toy import Toy
+from specdec.train.speculators import main
 from specdec.verifier.target_only import TargetOnly
 
 Layout = Callable[[dict[str, Any], Tensors, Toy], tuple[dict[str, Any], Tensors]]
@@ -113,3 +114,23 @@ def test_an_embedding_of_its_own_is_refused(tmp_path: Path, toy: Toy) -> None:
     save_file(tensors | {"embed_tokens.weight": torch.randn_like(toy.embed)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"embed_tokens.weight that differs from the target's"):
         drafted(folder, toy)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_ours_goes_out_and_comes_back(fp8: bool, tmp_path: Path, toy: Toy) -> None:
+    config = head_config(toy.config, 96)
+    tensors = {name: x.bfloat16() if x.is_floating_point() else x for name, x in head_tensors(config).items()}
+    write_head(tmp_path / "own", config, in_fp8(tensors) if fp8 else tensors)
+    main([str(tmp_path / "own"), str(tmp_path / "out"), "--verifier", "some/model"])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["eagle_aux_hidden_state_layer_ids"] == [i + 1 for i in config["feature_layers"]]
+    there, back = drafted(tmp_path / "own", toy), drafted(tmp_path / "out", toy)
+    assert there[1:] == back[1:]
+    if not fp8:  # multiplied out in bfloat16, FP8 weights may round otherwise
+        assert there == back
+
+
+def test_what_is_not_ours_does_not_go_out(tmp_path: Path, toy: Toy) -> None:
+    folder = written(safeailab, tmp_path / "a", toy)
+    with pytest.raises(SystemExit, match="names no feature_layers"):
+        main([str(folder), str(tmp_path / "out"), "--verifier", "some/model"])

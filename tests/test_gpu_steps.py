@@ -18,6 +18,7 @@ from specdec import sampling as torch_sampling
 from specdec.kernels import steps
 from specdec.kernels.gpu import sampling as gpu_sampling
 from specdec.kernels.gpu import steps as gpu_steps
+from specdec.kernels.gpu.sampling import gumbel, hash_bits, uniform
 from specdec.types import Sampling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,10 +148,9 @@ def test_advance(rows: int, nodes: int, chain: bool, num_stops: int, seed: int) 
 def noise_kernel(seed, position, index, out, stream: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
     lane = tl.arange(0, size)
     seeds, places = tl.load(seed + lane), tl.load(position + lane)
-    bits = gpu_sampling.hash_bits(seeds, places, tl.load(index + lane), stream)
-    noise = gpu_sampling.uniform(bits)
+    noise = uniform(hash_bits(seeds, places, tl.load(index + lane), stream))
     tl.store(out + lane, noise)
-    tl.store(out + size + lane, gpu_sampling.gumbel(noise))
+    tl.store(out + size + lane, gumbel(noise))
 
 
 @FEW
@@ -163,15 +163,15 @@ def test_noise_is_the_torch_forms(seed: int, position: int, stream: int, first: 
     index = torch.arange(first, first + size, dtype=torch.int32)
     out = torch.empty(2, size, device=DEVICE)
     noise_kernel[(1,)](*on(seeds, places, index), out, stream=stream, size=size)
-    uniform = torch_sampling.uniform(seeds, places, stream, index)
-    assert torch.equal(out[0].cpu(), uniform)
-    torch.testing.assert_close(out[1].cpu(), -torch.log(-torch.log1p(-uniform)), rtol=2e-6, atol=2e-6)
+    defined = torch_sampling.uniform(seeds, places, stream, index)
+    assert torch.equal(out[0].cpu(), defined)
+    torch.testing.assert_close(out[1].cpu(), -torch.log(-torch.log1p(-defined)), rtol=2e-6, atol=2e-6)
 
 
 @triton.jit
 def gumbel_kernel(u, out, size: tl.constexpr):  # type: ignore[no-untyped-def]
     lane = tl.arange(0, size)
-    tl.store(out + lane, gpu_sampling.gumbel(tl.load(u + lane)))
+    tl.store(out + lane, gumbel(tl.load(u + lane)))
 
 
 def test_gumbel_noise_is_exact_where_it_is_large() -> None:
