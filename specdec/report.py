@@ -120,6 +120,15 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         console.print(Text.assemble((f"{name}: ", "bold"), meaning, style="dim"))
 
 
+def acceptance(summary: pd.DataFrame, drafter: str) -> str:
+    """What one drafter's drafts were worth, by task, as a Markdown table: nothing that depends on the machine."""
+    lines = [f"| task | prompts | accept length | {RATES} | equal |", "|---|---:|---:|---|---:|"]
+    for _, row in summary[summary["drafter"] == drafter].iterrows():
+        cells = [row["task"], str(row["prompts"]), _interval(row, "tau"), _rates(row), _equal(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def markdown(summary: pd.DataFrame) -> str:
     """The same as one GitHub table, a row per drafter and task, followed by the meaning of the columns."""
     headers = ["drafter", "task", "prompts", "accept length", RATES, "tok/s", "speed-up", "equal"]

@@ -36,7 +36,7 @@ class Eagle3(Drafter):
     def __init__(
         self,
         checkpoint: str | Path,
-        num_draft_tokens: int = 4,
+        num_draft_tokens: int = 3,
         structure: Structure | Sequence[int] | None = None,
         prefill_chunk: int = 256,
     ) -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
-from specdec import metrics
+from specdec import metrics, report
 from specdec.decoding.self_test import known_prompt_length
 from specdec.target import ranks
 from specdec.tracking.environment import environment
@@ -122,7 +122,9 @@ class Session:
             "The intervals cover the choice of prompts, not another kind of prompt, another template or training run.",
         ]
         use = f"specdec drafter={name} drafter.checkpoint=THIS_FOLDER target={target}"
-        text = card(f"{name} head for {target}", use, summary, facts, environment(self.argv), limits)
+        text = card(
+            f"{name} head for {target}", use, report.acceptance(summary, name), facts, environment(self.argv), limits
+        )
         drafter = {key: value for key, value in plain(cfg.drafter).items() if key not in ("_target_", "checkpoint")}
         reached = {"drafter": drafter, "sampling": plain(cfg.sampling), "tau": acceptance_lengths(summary, name)}
         notes = {"steps": at.step, "tokens": at.tokens, "trained_on": facts, "acceptance": reached}
