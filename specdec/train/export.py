@@ -64,7 +64,8 @@ def card(
         "",
         reached,
         "accept length: tokens a forward of the target, the recovered or bonus token included, with a 95% bootstrap interval "
-        "over prompts; by position: share accepted of the drafts whose predecessors were; equal: answers that equal plain output.",
+        "over prompts; by position: share accepted of the drafts whose predecessors were; equal: answers that equal plain "
+        "output.",
         "",
         "## What it was made of",
         "",
