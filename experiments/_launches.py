@@ -32,9 +32,10 @@ class Noting:
         return self.launch
 
     def launch(self, *arguments: Any, **options: Any) -> None:
-        names = list(inspect.signature(self.function).parameters)
+        parameters = inspect.signature(self.function).parameters
+        names = list(parameters)
         signature = {name: type_of(value) for name, value in zip(names, arguments, strict=False)}
-        constants = {name: options.pop(name) for name in names[len(arguments) :]}
+        constants = {name: options.pop(name, parameters[name].default) for name in names[len(arguments) :]}
         job = Job(self.function.__module__, self.function.__name__, signature, constants, self.arch, options)
         if job not in self.jobs:
             self.jobs.append(job)
