@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from _cross_compile import Job
 from torch import Tensor, nn
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.gpu import attention, heads, moe, ops
 from specdec.nn import DecoderModel, KVCache, ModelConfig, Shard
@@ -45,6 +46,8 @@ def type_of(value: Any) -> Any:
     """Triton's name for the type of an argument; of a tuple those of its elements."""
     if isinstance(value, tuple):
         return [type_of(element) for element in value]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     return TYPES[value.dtype] if isinstance(value, Tensor) else "i32" if isinstance(value, int) else "fp32"
 
 

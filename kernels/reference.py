@@ -45,9 +45,7 @@ class Experts:
     down: Weight  # [X, H, I]
     shared_gate_up: Weight  # [2I, H]
     shared_down: Weight  # [H, I]
-    forced: Tensor | None = (
-        None  # int32 [at least M]  expert of each token of a forward, for measurements; None: argmax
-    )
+    forced: Tensor | None = None  # int32 [at least M]: each token's expert, for measurements; None: argmax
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +75,11 @@ def pack(weight: Weight, swiglu: bool = False) -> Weight:
 def pack_heads(weight: Weight, size: int) -> Weight:
     """Weights [heads * size, K] of queries, keys and values as `norm_attention` takes them."""
     return weight
+
+
+def pack_experts(experts: Experts) -> Experts:
+    """A mixture of packed weights as `add_moe` takes it."""
+    return experts
 
 
 def stack(parts: Sequence[Weight]) -> Weight:
@@ -142,8 +145,8 @@ def norm_linear(x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> T
     return linear(normed(x, norm, eps, compute_dtype(weight)), weight)
 
 
-def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
-    """RMSNorm, gate and up products (weight rows [gate; up]), silu(gate) * up: f32 [M, K] -> compute dtype [M, N/2]."""
+def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Weight, into: Weight | None = None) -> Tensor:
+    """RMSNorm, gate and up products (weight rows [gate; up]), silu(gate) * up: f32 [M, K] -> [M, N/2] for `into`."""
     dtype = compute_dtype(weight)
     return _swiglu(linear(rms_norm(x, norm, eps).to(dtype), weight)).to(dtype)
 
@@ -258,7 +261,7 @@ def attention(
 
 def norm_attention(
     x: Tensor, norm: Tensor | None, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
-    cos: Tensor, sin: Tensor, rule: AttentionRule,
+    cos: Tensor, sin: Tensor, rule: AttentionRule, into: Weight | None = None,
 ) -> Tensor:  # fmt: skip
     """RMSNorm (as in `norm_linear`), the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
     return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
@@ -279,12 +282,9 @@ class Parallel:
 
     KEY_BLOCK = KEY_BLOCK
     Replay = Replay
-    embed = staticmethod(embed)
-    flush = staticmethod(flush)
-    pack = staticmethod(pack)
-    norm_linear = staticmethod(norm_linear)
-    norm_swiglu = staticmethod(norm_swiglu)
-    pack_heads = staticmethod(pack_heads)
+    embed, flush = staticmethod(embed), staticmethod(flush)
+    pack, pack_heads, pack_experts = staticmethod(pack), staticmethod(pack_heads), staticmethod(pack_experts)
+    norm_linear, norm_swiglu = staticmethod(norm_linear), staticmethod(norm_swiglu)
     norm_attention = staticmethod(norm_attention)
 
     def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:

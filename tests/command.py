@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,26 +52,31 @@ class CommandLine:
         return Done(code, out, err)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """In a process of its own."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        """In a process of its own, which finds the tests' modules and can be interrupted."""
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, "-m", "specdec", *arguments]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=_heed_interrupts
+        )
 
     def rows(self, trace: Path | str) -> list[dict[str, Any]]:
         """Finished rows of a trace, without the one that a kill cut off."""
         return [json.loads(line) for line in (self.folder / trace).read_text().splitlines(True) if line.endswith("\n")]
 
-    def wait_for_rows(self, process: subprocess.Popen[str], pattern: str, count: int) -> Path:
-        """The first trace that holds `count` rows while the process runs."""
-        deadline = time.monotonic() + 60
-        while True:
-            for trace in self.folder.glob(pattern):
-                if len(self.rows(trace)) >= count:
-                    return trace
+    def wait_for(self, process: subprocess.Popen[str], name: str) -> None:
+        """Until the process has made that file in the folder."""
+        deadline = time.monotonic() + 300  # its first start may compile
+        while not (self.folder / name).exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what runs in its background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_mistake(done: Done, *words: str) -> None:

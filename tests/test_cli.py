@@ -8,6 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import held
 import pytest
 from command import QUICK, CommandLine, check_mistake
 
@@ -25,7 +26,7 @@ LEFT = [
     "trace.jsonl",
     "trace.parquet",
 ]
-LONG = ["debug=quick", "dataset.limit=3", "max_new_tokens=1200", "ignore_eos=true"]  # about two seconds of decoding
+HELD = ["debug=quick", "dataset.limit=3", "max_new_tokens=8", "ignore_eos=true", "drafter._target_=held.Held"]
 
 
 @pytest.fixture
@@ -241,10 +242,16 @@ def test_cells_side_by_side_report_no_speed(specdec: CommandLine) -> None:
 
 
 def interrupt(specdec: CommandLine, how: signal.Signals, *arguments: str) -> tuple[subprocess.Popen[str], str, Path]:
+    """Half-way, in the fourth of six requests. What follows in the test is not held."""
     process = specdec.start(*arguments)
-    trace = specdec.wait_for_rows(process, "**/trace.jsonl", 2)
-    process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    try:
+        specdec.wait_for(process, held.HERE)
+        process.send_signal(how)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    (specdec.folder / held.GO).touch()
+    (trace,) = specdec.folder.glob("**/trace.jsonl")
     return process, err, trace
 
 
@@ -258,24 +265,24 @@ def check_whole(specdec: CommandLine, trace: Path, before: list[dict[str, object
 
 
 def test_ctrl_c_says_how_to_go_on(specdec: CommandLine) -> None:
-    process, err, trace = interrupt(specdec, signal.SIGINT, *LONG)
+    process, err, trace = interrupt(specdec, signal.SIGINT, *HELD)
     folder = trace.parent.relative_to(specdec.folder)
     before = specdec.rows(trace)
-    assert 2 <= len(before) < 6
+    assert len(before) == held.ROWS
     assert process.returncode == 130
     assert err.splitlines() == [
         f"specdec: interrupted; what was finished is kept. To go on: the same command with run_dir={folder}"
     ]
     assert not (trace.parent / "DONE").exists()
-    assert specdec(*LONG, f"run_dir={folder}").code == 0
+    assert specdec(*HELD, f"run_dir={folder}").code == 0
     check_whole(specdec, trace, before)
 
 
 def test_a_killed_sweep_goes_on(specdec: CommandLine) -> None:
-    command = ["-m", *LONG, "drafter.num_draft_tokens=1,2"]
+    command = ["-m", *HELD, "drafter.num_draft_tokens=1,2"]
     _, _, trace = interrupt(specdec, signal.SIGKILL, *command)
     before = specdec.rows(trace)
-    assert len(before) < 6
+    assert len(before) == held.ROWS
     assert specdec(*command).code == 0
     check_whole(specdec, trace, before)
     assert len(list(specdec.folder.glob("runs/sweep/*/DONE"))) == 2

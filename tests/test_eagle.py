@@ -457,9 +457,15 @@ def test_a_second_target_gets_a_head_of_its_own(tmp_path: Path, toy: Toy) -> Non
 
 
 def test_a_name_is_a_folder_or_a_shipped_head(tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = [path.parent for path in _head.HEADS.glob("*/config.json")]
+    assert shipped
+    assert [_head.find_head(folder.name) for folder in shipped] == shipped
     monkeypatch.setattr(_head, "HEADS", tmp_path)
-    with pytest.raises(ValueError, match=r"drafter.checkpoint=nowhere .*\(none does\): give the folder"):
-        Eagle3("nowhere")
+    for folder in shipped:
+        with pytest.raises(ValueError, match=r"\(none does\), nor OWNER/NAME on the Hub: give the folder"):
+            Eagle3(folder.name)
+    with pytest.raises(ValueError, match="some/where is neither a folder nor a Hub repository"):
+        Eagle3("some/where")
     random_head(tmp_path / "small", toy)
     random_head(tmp_path / "other", toy)
     assert Eagle3("small").folder == tmp_path / "small"
@@ -472,6 +478,7 @@ def test_a_name_is_a_folder_or_a_shipped_head(tmp_path: Path, toy: Toy, monkeypa
     [
         ({"architectures": ["LlamaForCausalLM"]}, r"architectures is \['LlamaForCausalLM'\].*LlamaForCausalLMEagle3"),
         ({"feature_layers": None}, "lacks feature_layers"),
+        ({"feature_layers": []}, "lacks feature_layers"),
         ({"feature_layers": [-1]}, r"feature_layers \[-1\]"),
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ({"draft_vocab_size": 261}, "draft_vocab_size 261 must be 1 to vocab_size, 260"),
@@ -522,7 +529,8 @@ def without(*names: str) -> Callable[[Tensors], Tensors]:
         (without("d2t"), "lacks d2t, and its config.json has draft_vocab_size 96 of vocab_size 260"),
         (without("d2t", "t2d"), "lacks d2t and t2d"),
         (without("fc.weight"), r"lacks fc\.weight"),
-        (lambda x: x | {"embed_tokens.weight": x["norm.weight"].clone()}, r"has in excess embed_tokens\.weight"),
+        (lambda x: x | {"norm.bias": x["norm.weight"].clone()}, r"has in excess norm\.bias"),
+        (lambda x: x | {"embed_tokens.weight": x["norm.weight"].clone()}, r"target's in shape, \[64\] and \[260, 64\]"),
         (lambda x: x | {"fc.weight": x["fc.weight"][1:].clone()}, r"fc\.weight is \[63, 128\] in .* \[64, 128\]"),
         (lambda x: x | {"norm.weight": x["norm.weight"] * torch.nan}, r"norm\.weight holds NaN"),
         (lambda x: x | {"t2d": ~x["t2d"]}, "d2t and t2d disagree: 96 draft ids .* 164 marked of 260"),

@@ -13,6 +13,7 @@ from heads import Tensors, head_config, head_tensors, in_fp8, write_head
 from safetensors.torch import load_file, save_file
 
 from specdec.decoding import SpeculativeDecoder
+from specdec.drafter import _head
 from specdec.drafter.eagle3 import Eagle3
 from specdec.nn.eagle import default_feature_layers
 from specdec.target.toy import Toy
@@ -111,9 +112,22 @@ def test_an_embedding_of_its_own_is_refused(tmp_path: Path, toy: Toy) -> None:
     """A head that was trained over other embeddings than the target's would draft badly without a sign."""
     folder = written(safeailab, tmp_path / "a", toy)
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"embed_tokens.weight": torch.randn_like(toy.embed)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"embed_tokens.weight that differs from the target's"):
-        drafted(folder, toy)
+    one_row = toy.embed.clone()
+    one_row[-1] = one_row[-1].roll(1) * 5
+    for other in (torch.randn_like(toy.embed), toy.embed.roll(1, 0), one_row, toy.embed * torch.nan):
+        save_file(tensors | {"embed_tokens.weight": other}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=r"embed_tokens.weight that differs from the target's by (\d+|nan)%"):
+            drafted(folder, toy)
+    save_file(tensors | {"embed_tokens.weight": toy.embed.bfloat16()}, folder / "model.safetensors")
+    drafted(folder, toy)
+
+
+def test_embeddings_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
+    theirs = ours + 0.1 * torch.arange(11)[:, None]
+    for rows in (4, 100):
+        monkeypatch.setattr(_head, "_ROWS", rows)
+        assert _head._distance(theirs, ours) == pytest.approx(float((theirs - ours).norm() / ours.norm()))
 
 
 @pytest.mark.parametrize("fp8", [False, True])

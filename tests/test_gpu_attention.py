@@ -226,6 +226,8 @@ def test_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif fault == "prefix":
         case.inputs = replace(case.inputs, prefix_lens=case.inputs.prefix_lens - 1)
     else:
+        if DEVICE.type == "cuda":
+            pytest.skip("whether the program that is not waited for comes too late is chance")
         ops.arrived[0] = 1
         monkeypatch.setattr(torch.Tensor, "count_nonzero", lambda _: 0)
     assert error(case.found(ops, AttentionRule())[0].nan_to_num(), wanted) > 0.01

@@ -181,8 +181,11 @@ def test_text_without_graphs_is_the_same(name: str) -> None:
 @pytest.mark.parametrize("children", [None, [2, 1, 1]], ids=["chain", "tree"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_self_draft_is_accepted_whole(name: str, children: list[int] | None) -> None:
-    """The same weights draft level by level what they verify at once; over several borders of splits, batch 1 and 3."""
-    drafter = SmallModel(model=make(name), num_draft_tokens=4, structure=children)
+    """The same weights draft level by level what they verify at once; over several borders of splits, batch 1 and 3.
+
+    Prompts in chunks of up to 64 tokens, as bits are kept up to there.
+    """
+    drafter = SmallModel(model=make(name), num_draft_tokens=4, structure=children, prefill_chunk=16)
     for batch in (1, 3):
         decoder = SpeculativeDecoder(shared(name), drafter, TargetOnly(), batch_size=batch)
         result = decoder.generate(PROMPTS, 170, ignore_eos=True)

@@ -70,7 +70,7 @@ def stream(tokens: int, hidden: int = SIZES[0], seed: int = 1) -> tuple[Tensor, 
 def packed(experts: Experts) -> Experts:
     """As the kernels take them."""
     gate_up, shared = (interleave(weight) for weight in (experts.gate_up, experts.shared_gate_up))
-    return replace(experts, gate_up=gate_up, shared_gate_up=shared)
+    return gpu_moe.pack_experts(replace(experts, gate_up=gate_up, shared_gate_up=shared))
 
 
 def run(x: Tensor, norm: Tensor, experts: Experts) -> Tensor:
@@ -119,6 +119,14 @@ def test_forced_experts(kind: str, ids: tuple[int, ...]) -> None:
     check(x, norm, replace(experts_of(kind), forced=forced(*ids, 0, 0)), kind)
 
 
+@pytest.mark.parametrize("kind", ["f32", "dynamic", "static"])
+def test_tokens_in_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight rows as the rows of the matrix unit: a program takes 16 tokens at a time."""
+    monkeypatch.setattr(gpu_moe, "tile", lambda *_: Tile(16, 32, swap=True))
+    x, norm = stream(35, 96)
+    check(x, norm, experts_of(kind, (96, 5, 24)), kind)
+
+
 def test_of_equal_logits_the_first_wins() -> None:
     experts, (x, norm) = experts_of("f32"), stream(6)
     experts.router[2:] = experts.router[1]
@@ -128,16 +136,15 @@ def test_of_equal_logits_the_first_wins() -> None:
     assert torch.equal(run(x, norm, experts), run(x, norm, replace(experts, forced=first)))
 
 
-def test_pending_parts_are_added_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the stream before the mixture, and with K of the down product split."""
-    monkeypatch.setattr(gpu_moe, "tile", lambda kind, *_: Tile(32, 32, 2 if kind == "expert_down" else 1))
+def test_pending_parts_are_added_first() -> None:
+    """Of the stream before the mixture; its own stay pending."""
     ops, experts, (x, norm) = Ops(DEVICE), experts_of("f32", (39, 5, 24)), stream(5)
     parts = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     whole = x + parts.sum(0)
     ops.pending = (x, parts)
     gpu_moe.moe(ops, x, norm, EPS, packed(experts))
     assert ops.pending is not None
-    assert ops.pending[1].shape == (4, *x.shape)
+    assert ops.pending[1].shape == (2, *x.shape)
     ops.flush(x)
     torch.testing.assert_close(x, whole + reference.moe(whole, norm, EPS, experts), rtol=1e-5, atol=1e-5)
 

@@ -417,13 +417,26 @@ def accepted(toy: Toy, folder: Path, text: Batch) -> float:
     return result.trace.acceptance_length
 
 
-@pytest.mark.parametrize(("loss", "storage"), [("kl", "bfloat16"), ("hybrid", "fp8")])
-def test_a_head_learns_what_its_target_says(toy: Toy, text: Batch, tmp_path: Path, loss: str, storage: str) -> None:
+@pytest.mark.parametrize(
+    ("loss", "storage", "shift"), [("kl", "bfloat16", 0), ("hybrid", "fp8", 0), ("hybrid", "fp8", 1)]
+)
+def test_a_head_learns_what_its_target_says(
+    toy: Toy, text: Batch, tmp_path: Path, loss: str, storage: str, shift: int
+) -> None:
+    """In 120 steps heads of 11 seeds gain 0.93 to 1.30; learning from the features of a token earlier (shift), 0.28 to 0.52."""
     head = fresh_head(toy, depth=3)
     export(head, tmp_path / "untrained", storage, {})
     before = accepted(toy, tmp_path / "untrained", text)
-    options = {"steps": 80, "learning_rate": 1e-2, "loss": loss, "log_interval": 10}
-    trainer(toy, text, tmp_path, head, **options).train(nothing, QUIET)
+    options = {"steps": 120, "learning_rate": 1e-2, "loss": loss, "log_interval": 10}
+    made = trainer(toy, text, tmp_path, head, **options)
+    honest = made.features
+
+    def shifted(batch: Batch) -> tuple[Tensor, Tensor]:
+        taps, hidden = honest(batch)
+        return taps.roll(shift, 1), hidden
+
+    made.features = shifted
+    made.train(nothing, QUIET)
     export(head, tmp_path / "trained", storage, {})
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()][:-1]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
@@ -431,7 +444,7 @@ def test_a_head_learns_what_its_target_says(toy: Toy, text: Batch, tmp_path: Pat
     assert len(rows[0]["accuracy"]) == len(rows[0]["alpha"]) == 3
     after = accepted(toy, tmp_path / "trained", text)
     assert before < 1.5
-    assert after > before + 0.7
+    assert (after > before + 0.7) == (shift == 0)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -516,7 +529,9 @@ def test_features_from_disk_train_the_same_head(specdec: CommandLine) -> None:
 
 def test_help_is_worth_reading(specdec: CommandLine) -> None:
     out = specdec("train", "--help").out
-    assert "training: eagle3" in out.splitlines()
+    kinds = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "training").glob("*.yaml"))
+    assert "eagle3" in kinds
+    assert f"training: {', '.join(kinds)}" in out.splitlines()
     assert max(len(line) for line in out.splitlines()) <= 100
     assert "$" not in re.sub(r"\$\{(now|hydra|seed).*?\}", "", out)
     for line in re.findall(r"^  specdec train (?!--config-dir|run_dir)(\S.*?)(?:  .*)?$", out, re.M):

@@ -37,7 +37,7 @@ def norm_linear(x: Tensor, norm: Tensor | None, eps: float, weight: PackedLinear
     return linear(x, weight, torch.empty(x.shape[-2], weight.outputs), products.STORE, norm, eps)
 
 
-def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: PackedLinear) -> Tensor:
+def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: PackedLinear, into: PackedLinear | None = None) -> Tensor:
     """RMSNorm, gate and up products, silu(gate) * up: f32 [M, K] -> weight dtype [M, N/2]."""
     out = torch.empty(x.shape[0], weight.outputs // 2, dtype=weight.dtype)
     return linear(x, weight, out, products.SWIGLU, norm, eps)
@@ -63,9 +63,12 @@ def attention(
 
 def norm_attention(
     x: Tensor, norm: Tensor | None, eps: float, weight: PackedLinear, keys: Tensor, values: Tensor, inputs: ModelInputs,
-    cos: Tensor, sin: Tensor, rule: AttentionRule,
+    cos: Tensor, sin: Tensor, rule: AttentionRule, into: PackedLinear | None = None,
 ) -> Tensor:  # fmt: skip
-    """RMSNorm (as in `norm_linear`), the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E]."""
+    """RMSNorm (as in `norm_linear`), the QKV product and what `attention` does: f32 [M, K] -> compute dtype [M, H*E].
+
+    into: as in `norm_swiglu`.
+    """
     return attention(norm_linear(x, norm, eps, weight), keys, values, inputs, cos, sin, rule)
 
 

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.gpu.linear import to_fp8
 from specdec.kernels.gpu.pdl import wait
+from specdec.kernels.reference import FP8
 from specdec.types import ModelInputs
 
 ROWS = 16  # query rows of a program: TILE tokens of R heads each, padded
@@ -44,7 +46,8 @@ def load_split(sums, weights, at, mask, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "C", "offset", "width", "chunk"])
 def attention_kernel(
-    q, keys, values, positions, prefix_lens, paths, sums, weights, arrived, out, largest, T, C, offset, width, chunk,
+    q, keys, values, positions, prefix_lens, paths, sums, weights, arrived, out, largest, next_scale,
+    T, C, offset, width, chunk,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
     TREE: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr,
     PDL: tl.constexpr,
@@ -53,7 +56,8 @@ def attention_kernel(
 
     paths int32 [B, T, width] with TREE (then TILE = 1). sums f32 [programs, 16, E] and weights f32 [programs, 2, 16] carry
     what a split found; the last program to arrive adds the splits in order. `arrived` int32, one for each group of splits, is
-    zero before and after. LARGEST: the largest magnitude of each token's results, f32 [B*T, G]. Splits that hold none of this
+    zero before and after. An out in e4m3 is rounded by next_scale. LARGEST: the largest magnitude of each token's results,
+    f32 [B*T, G]. Splits that hold none of this
     forward's keys are loaded before the wait.
     """
     R: tl.constexpr = H // G
@@ -85,7 +89,7 @@ def attention_kernel(
     own = split * SPLIT + SPLIT > (prefix if TREE else prefix + offset)  # a tree's slots say nothing of positions
     if own:
         wait(PDL)
-    dtype: tl.constexpr = out.dtype.element_ty
+    dtype: tl.constexpr = q.dtype.element_ty
     k = tl.load(keys + slot, there, other=0.0, cache_modifier=".cg").to(dtype)
     v = tl.load(values + slot, there, other=0.0, cache_modifier=".cg").to(dtype)
     if not own:
@@ -122,7 +126,10 @@ def attention_kernel(
             best, total, acc = fold(best, total, acc, m2, t2, a2)
             best, total, acc = fold(best, total, acc, m3, t3, a3)
     result = (acc / total[:, None]).to(dtype)
-    tl.store(out + where, result, mask[:, None])
+    if out.dtype.element_ty == tl.float8e4nv:
+        tl.store(out + where, to_fp8(result.to(tl.float32) * (1.0 / tl.load(next_scale))), mask[:, None])
+    else:
+        tl.store(out + where, result, mask[:, None])
     if LARGEST:
         found = tl.where(mask, tl.max(tl.abs(result.to(tl.float32)), 1), 0.0)
         which = first + tl.arange(0, 16 // PAD)
@@ -137,8 +144,9 @@ def attention(
     inputs: ModelInputs,
     chunk: int,
     largest: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E]; fills largest f32 [M, G]."""
+    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E], in e4m3 by a scale; fills largest f32 [M, G]."""
     batch, tokens = inputs.tokens.shape
     _, groups, slots, size = keys.shape
     heads = q.shape[1] // size
@@ -149,11 +157,12 @@ def attention(
     programs = grid[0] * grid[1] * grid[2]
     sums = torch.empty((programs, ROWS, size), device=q.device)
     weights = torch.empty((programs, 2, ROWS), device=q.device)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, dtype=q.dtype if scale is None else FP8)
     paths = inputs.paths.contiguous() if inputs.paths is not None else inputs.prefix_lens
     attention_kernel[grid](
         q, keys, values, inputs.positions.contiguous(), inputs.prefix_lens, paths, sums, weights, ops.arrived, out,
-        sums if largest is None else largest, tokens, slots, inputs.offset, paths.shape[-1], chunk,
+        sums if largest is None else largest, sums if scale is None else scale,
+        tokens, slots, inputs.offset, paths.shape[-1], chunk,
         H=heads, G=groups, E=size, TILE=per_program, SPLIT=SPLIT, TREE=tree, CHUNK=chunk > 0, LARGEST=largest is not None,
         num_warps=4 if size <= 64 else 8, **ops.launch(),
     )  # fmt: skip

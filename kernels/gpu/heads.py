@@ -23,26 +23,26 @@ Where = tuple[Any, ...]
 
 
 @triton.jit
-def halves(y, BN: tl.constexpr, BM: tl.constexpr):
-    """Rows [BN, BM] that alternate -> both halves [BN / 2, BM]."""
-    return tl.split(tl.permute(tl.reshape(y, (BN // 2, 2, BM)), (0, 2, 1)))
+def pairs(y, BM: tl.constexpr, BN: tl.constexpr):
+    """Columns [BM, BN] that alternate -> both halves [BM, BN / 2]."""
+    return tl.split(tl.reshape(y, (BM, BN // 2, 2)))
 
 
 @triton.jit
 def load_places(where, row, tokens, M, E: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr):
-    """What does not depend on the product: cos, sin [HALF, BM] (1 and 0 unless TURN), query factor and slot of each token."""
+    """What does not depend on the product: cos, sin [BM, HALF] (1 and 0 unless TURN), query factor and slot of each token."""
     positions, prefix_lens, cos, sin, T = where[3], where[4], where[5], where[6], where[7]
     offset, scale, temperature, floor = where[9], where[10], where[11], where[12]
     position = tl.load(positions + tokens, tokens < M, other=0)
     b = tokens // T
     slot = tl.load(prefix_lens + b, tokens < M, other=0) + offset + tokens % T
     factor = scale * (1.0 + temperature * tl.log(1.0 + ((position + 1) // floor).to(tl.float32)))
-    angle = position[None, :] * (E // 2) + (row // 2 % (E // 2) + tl.arange(0, HALF))[:, None]
+    angle = position[:, None] * (E // 2) + (row // 2 % (E // 2) + tl.arange(0, HALF))[None, :]
     c = tl.full(angle.shape, 1.0, tl.float32)
     s = tl.zeros(angle.shape, tl.float32)
     if TURN:
-        c = tl.load(cos + angle, (tokens < M)[None, :], other=1.0)
-        s = tl.load(sin + angle, (tokens < M)[None, :], other=0.0)
+        c = tl.load(cos + angle, (tokens < M)[:, None], other=1.0)
+        s = tl.load(sin + angle, (tokens < M)[:, None], other=0.0)
     return c, s, factor, slot
 
 
@@ -51,26 +51,26 @@ def store_head(
     where, a, b, c, s, factor, slot, head, row, tokens, M,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rotate a, b [HALF, BM], channels of one head, and put them where they belong: query, key or value."""
+    """Rotate a, b [BM, HALF], channels of one head, and put them where they belong: query, key or value."""
     queries, keys, values, T, C = where[0], where[1], where[2], where[7], where[8]
-    channel = (row // 2 % (E // 2) + tl.arange(0, HALF))[:, None]
-    mask = (tokens < M)[None, :]
+    channel = (row // 2 % (E // 2) + tl.arange(0, HALF))[None, :]
+    mask = (tokens < M)[:, None]
     group = (tokens // T * G).to(tl.int64)
     if head < H:
-        query = tokens[None, :] * (H * E) + head * E + channel
-        tl.store(queries + query, ((a * c - b * s) * factor[None, :]).to(queries.dtype.element_ty), mask)
-        tl.store(queries + query + E // 2, ((b * c + a * s) * factor[None, :]).to(queries.dtype.element_ty), mask)
+        query = tokens[:, None] * (H * E) + head * E + channel
+        tl.store(queries + query, ((a * c - b * s) * factor[:, None]).to(queries.dtype.element_ty), mask)
+        tl.store(queries + query + E // 2, ((b * c + a * s) * factor[:, None]).to(queries.dtype.element_ty), mask)
     elif head < H + G:
-        key = ((group + head - H) * C + slot)[None, :] * E + channel
+        key = ((group + head - H) * C + slot)[:, None] * E + channel
         tl.store(keys + key, (a * c - b * s).to(keys.dtype.element_ty), mask)
         tl.store(keys + key + E // 2, (b * c + a * s).to(keys.dtype.element_ty), mask)
     else:
-        value = ((group + head - H - G) * C + slot)[None, :] * E + channel
+        value = ((group + head - H - G) * C + slot)[:, None] * E + channel
         tl.store(values + value, a.to(values.dtype.element_ty), mask)
         tl.store(values + value + E // 2, b.to(values.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "where"])
 def rotate_kernel(
     qkv, where, q_norm, k_norm, M, eps,
     S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
@@ -81,11 +81,11 @@ def rotate_kernel(
     NORM: "weighted" by q_norm and k_norm f32 [E] before the rotation, "unit" without weight behind it, or "none".
     """
     head, tokens = tl.program_id(1), tl.program_id(0) * BM + tl.arange(0, BM)
-    mask = (tokens < M)[None, :]
+    mask = (tokens < M)[:, None]
     row, channel = head * E, tl.arange(0, E // 2)
     c, s, factor, slot = load_places(where, row, tokens, M, E, E // 2, ROPE)
     wait(PDL)
-    at = tokens[None, :] * ((H + 2 * G) * E) + row + 2 * channel[:, None]
+    at = tokens[:, None] * ((H + 2 * G) * E) + row + 2 * channel[None, :]
     a, b = tl.load(qkv + at, mask, other=0.0), tl.load(qkv + at + 1, mask, other=0.0)
     for part in tl.static_range(1, S):
         more = qkv + part * M * ((H + 2 * G) * E) + at
@@ -96,11 +96,11 @@ def rotate_kernel(
             gain = q_norm
             if head >= H:
                 gain = k_norm
-            r = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / E + eps)[None, :]
-            a *= r * tl.load(gain + channel)[:, None]
-            b *= r * tl.load(gain + E // 2 + channel)[:, None]
+            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
+            a *= r * tl.load(gain + channel)[None, :]
+            b *= r * tl.load(gain + E // 2 + channel)[None, :]
         if NORM == "unit":  # a rotation keeps the length
-            r = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / E + eps)[None, :]
+            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
             a *= r
             b *= r
     else:

@@ -1,12 +1,13 @@
 """Llama 4's mixture of experts at a few tokens: every distinct expert is read once, and the shared one beside them.
 
-M tokens, H hidden size, X experts, I channels of an expert, N outputs and K inputs of a product, S parts of K. Products run in
-slots: slot 0 is the shared expert and takes all tokens; slot 1 + m is the expert of token m, and works only if no
-earlier token chose the same, then for all tokens that did. A token's sums depend on its expert alone, not on its column.
+M tokens, H hidden size, X experts, I channels of an expert, N outputs and K inputs of a product. Products run in slots: slot 0
+is the shared expert and takes all tokens; slot 1 + m is the expert of token m, and works only if no earlier token chose the
+same, then for all tokens that did. A token's sums depend on its expert alone, not on who else is there.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.linear import TOKENS, store_swiglu, to_fp8, token_scale
+from specdec.kernels.gpu.linear import product, store_swiglu, to_fp8, token_scale
 from specdec.kernels.gpu.norm import add_norm_kernel
-from specdec.kernels.gpu.pdl import prefetch_rows, wait
-from specdec.kernels.gpu.table import tile
-from specdec.kernels.gpu.weights import data, input_scale, row_scale
-from specdec.kernels.reference import FP8, Experts
+from specdec.kernels.gpu.pdl import wait
+from specdec.kernels.gpu.table import Tile, tile
+from specdec.kernels.gpu.weights import data, descriptor, row_scale, static_scale
+from specdec.kernels.reference import FP8, Experts, Fp8Weight, Weight
 
 ROUTED = 4  # tokens of a router program
 
@@ -61,131 +62,117 @@ def choose(logits, forced, tokens, M, X: tl.constexpr, XP: tl.constexpr, FORCED:
     return chosen, 1.0 / (1.0 + tl.exp(-logit))
 
 
-@triton.jit
-def product(
-    x, scale, weight, rows, tokens, mine, begin,
-    N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, ROUND: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """weight [N, K] times x [M, K], SPAN inputs from `begin` on, for the columns that are `mine`: f32 [BN, BM]."""
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for k in range(0, SPAN, BK):
-        inside = k + tl.arange(0, BK) < SPAN
-        cols = begin + k + tl.arange(0, BK)
-        h = tl.load(
-            x + tokens[None, :] * K + cols[:, None], inside[:, None] & mine[None, :], other=0.0, cache_modifier=".cg"
-        )
-        if ROUND:
-            h = to_fp8(h.to(tl.float32) * (1.0 / scale)[None, :])
-        w = tl.load(weight + rows[:, None] * K + cols[None, :], (rows < N)[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(w, h, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def activation(
-    x, x_scale, weight, weight_scale, out, largest, row, tokens, mine, score,
-    N: tl.constexpr, K: tl.constexpr, QUANTISED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """silu(score * gate) * score * up of BN alternating rows, for the columns that are `mine`: out [M, N / 2]."""
-    rows = row + tl.arange(0, BN)
-    acc = product(x, score, weight, rows, tokens, mine, 0, N, K, K, False, BN, BK, BM)
-    if QUANTISED:
-        scale = tl.load(x_scale + tokens, mine, other=0.0, cache_modifier=".cg")
-        acc *= tl.load(weight_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
-    store_swiglu(out, largest, acc * score[None, :], row, tokens, mine, N, BN, BM, QUANTISED)
-
-
 @triton.jit(do_not_specialize=["M"])
 def expert_gate_up_kernel(
-    x, x_scale, logits, forced, weight, weight_scale, shared, shared_scale, experts, out, largest, M,
+    x, x_scale, logits, forced, weight, weight_scale, out, largest, next_scale, shared_next, M,
     N: tl.constexpr, K: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
-    QUANTISED: tl.constexpr, STATIC: tl.constexpr, FORCED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+    QUANTISED: tl.constexpr, STATIC: tl.constexpr, FORCED: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(score * gate) * score * up of rows that alternate: out [2, M, N / 2], routed first; experts int32 [M].
+    """silu(score * gate) * score * up of rows that alternate: out [2, M, N / 2], routed first; see `store_swiglu`.
+
+    weight [X + 1, N, K] with the shared expert last, or a descriptor of it; weight_scale f32 [X + 1, N].
 
     x [M, K]; if QUANTISED e4m3 with x_scale f32 [M], and with STATIC both twice: for the shared expert, then for the routed.
-    weight [X, N, K] with weight_scale f32 [X, N], shared [N, K] with shared_scale f32 [N]. The shared expert, whose inputs the
-    router does not write, goes ahead while the router runs.
+    The shared expert goes ahead while the router runs, which does not write its inputs.
     """
     row, slot = tl.program_id(0) * BN, tl.program_id(1)
-    size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    if slot == 0:
-        prefetch_rows(shared, row, K * size, K * size, BN, N, PDL)
-        score = tl.full((BM,), 1.0, tl.float32)
-        for first in range(0, M, BM):
-            tokens = first + tl.arange(0, BM)
-            half, most = out + M * (N // 2), largest + M * tl.cdiv(N, BN)
-            activation(
-                x, x_scale, shared, shared_scale, half, most, row, tokens, tokens < M, score, N, K, QUANTISED, BN, BK, BM
-            )  # fmt: skip
-        wait(PDL)
-    else:
+    own, half = slot * 0 + X, M
+    if slot > 0:
         wait(PDL)
         own = tl.sum(choose(logits, forced, slot - 1 + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
-        weight += own.to(tl.int64) * (N * K)
-        prefetch_rows(weight, row, K * size, K * size, BN, N, PDL)
-        if row == 0:
-            tl.store(experts + slot - 1, own)
-        if STATIC:
-            x += M * K
-            x_scale += M
-        earlier = 0
-        for first in range(0, M, BM):
-            tokens = first + tl.arange(0, BM)
+        half = M * 0
+    rows, one = row + tl.arange(0, BN), tl.full((BM,), 1.0, tl.float32)
+    begin = M * 0  # of the inputs' rows
+    if STATIC:
+        begin = M - half
+    if QUANTISED:
+        row_scale = tl.load(weight_scale + own * N + rows, rows < N, other=0.0)
+    earlier = 0
+    for first in range(0, M, BM):
+        tokens = first + tl.arange(0, BM)
+        mine, score = tokens < M, one
+        if slot > 0:
             chosen, score = choose(logits, forced, tokens, M, X, XP, FORCED)
-            mine = (tokens < M) & (chosen == own)
+            mine = mine & (chosen == own)
             earlier += tl.sum((mine & (tokens < slot - 1)).to(tl.int32), 0)
-            if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
-                scales = weight_scale + own * N
-                activation(
-                    x, x_scale, weight, scales, out, largest, row, tokens, mine, score, N, K, QUANTISED, BN, BK, BM
-                )
+        if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
+            acc = own_product(x, one, weight, own, row, begin, first, M, N, K, False, TMA, BN, BK, BM, SWAP)
+            if (slot == 0) & (first == 0):
+                wait(PDL)
+            if QUANTISED:
+                scale = tl.load(x_scale + begin + tokens, mine, other=0.0, cache_modifier=".cg")
+                acc *= scale[:, None] * row_scale[None, :]
+            scale_at = next_scale
+            if slot == 0:
+                scale_at = shared_next
+            store_swiglu(
+                out + half * (N // 2), largest + half * tl.cdiv(N, BN), scale_at, acc * score[:, None], row, tokens, mine,
+                N, BM, BN, QUANTISED,
+            )  # fmt: skip
+
+
+@triton.jit
+def own_product(
+    x, inverse, weight, own, row, begin, first, M,
+    N: tl.constexpr, K: tl.constexpr, ROUND: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """`product` of x [2, M, K], whose rows count from `begin` on, with expert `own` of weight [X + 1, N, K]."""
+    if TMA and not ROUND:  # rows of both halves and of all experts are counted through
+        return product(x, inverse, weight, own * N + row, begin + first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM, SWAP)
+    elif TMA:
+        some = x + begin * K
+        return product(some, inverse, weight, own * N + row, first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM, SWAP)
+    else:
+        some, matrix = x + begin * K, weight + own.to(tl.int64) * (N * K)
+        return product(some, inverse, matrix, row, first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM, SWAP)
 
 
 @triton.jit(do_not_specialize=["M"])
 def expert_down_kernel(
-    x, largest, logits, forced, experts, input_scale, shared_input_scale, weight, weight_scale, shared, shared_scale, out, M,
-    N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
-    INPUT: tl.constexpr, FORCED: tl.constexpr, LARGEST: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+    x, largest, logits, forced, input_scale, shared_input_scale, weight, weight_scale, out, M,
+    N: tl.constexpr, K: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
+    INPUT: tl.constexpr, FORCED: tl.constexpr, LARGEST: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [2, M, K] times weight [X, N, K] of each token's expert and shared [N, K]: out f32 [2 S, M, N] partial sums.
+    """x [2, M, K] times weight [X + 1, N, K] of each token's expert and of the shared one: out f32 [2, M, N] partial sums.
 
-    INPUT: "plain" (weights' dtype), or rounded to e4m3 here: "static", or "dynamic" by largest f32 [2, M, LARGEST]. Routed
-    parts come first. The logits are older than the kernel before, so that the expert's rows are asked for while it runs.
+    INPUT: "plain" (weights' dtype), "static" (e4m3 already), or "dynamic": rounded to e4m3 here, by largest f32
+    [2, M, LARGEST]. Routed parts come first. The logits are older than the kernel before, so experts are known before the wait.
     """
-    row, part, slot = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2)
-    size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    span: tl.constexpr = K // S
-    own = 0
-    if slot > 0:
-        own = tl.sum(choose(logits, forced, slot - 1 + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
-        shared = weight + own.to(tl.int64) * (N * K)
-        shared_scale = weight_scale + own * N
-        shared_input_scale = input_scale
-    prefetch_rows(shared + part * span, row, K * size, span * size, BN, N, PDL)
-    wait(PDL)
-    x += tl.where(slot > 0, 0, M * K)
-    largest += tl.where(slot > 0, 0, M * LARGEST)
-    out += (tl.where(slot > 0, 0, S) + part) * M * N
+    row, slot = tl.program_id(0) * BN, tl.program_id(1)
     rows = row + tl.arange(0, BN)
+    inside = rows < N
+    own = tl.sum(choose(logits, forced, tl.maximum(slot - 1, 0) + tl.arange(0, 1), M, X, XP, FORCED)[0], 0)
+    half = M * 0
+    if slot == 0:
+        own = own * 0 + X
+        half = M
+        input_scale = shared_input_scale
+    if INPUT != "plain":
+        row_scale = tl.load(weight_scale + own * N + rows, inside, other=0.0)
+    wait(PDL)
     earlier = 0
     for first in range(0, M, BM):
         tokens = first + tl.arange(0, BM)
         mine = tokens < M
         if slot > 0:
-            mine = mine & (tl.load(experts + tokens, mine, other=-1) == own)
+            chosen, _ = choose(logits, forced, tokens, M, X, XP, FORCED)
+            mine = mine & (chosen == own)
             earlier += tl.sum((mine & (tokens < slot - 1)).to(tl.int32), 0)
         if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
             scale = tl.full((BM,), 1.0, tl.float32)
+            if INPUT == "dynamic":
+                scale = token_scale(largest + half * LARGEST, tokens, M, LARGEST)
+            if INPUT == "static":
+                scale *= tl.load(input_scale)
+            rounded: tl.constexpr = INPUT == "dynamic"
+            acc = own_product(x, 1.0 / scale, weight, own, row, half, first, M, N, K, rounded, TMA, BN, BK, BM, SWAP)
             if INPUT != "plain":
-                scale = token_scale(largest, shared_input_scale, tokens, M, LARGEST, INPUT == "static")
-            acc = product(x, scale, shared, rows, tokens, mine, part * span, N, K, span, INPUT != "plain", BN, BK, BM)
-            if INPUT != "plain":
-                acc *= tl.load(shared_scale + rows, rows < N, other=0.0)[:, None] * scale[None, :]
-            tl.store(out + tokens[None, :] * N + rows[:, None], acc, (rows < N)[:, None] & mine[None, :])
+                acc *= scale[:, None] * row_scale[None, :]
+            at = (half + tokens)[:, None] * N + rows[None, :]
+            tl.store(out + at, acc, mine[:, None] & inside[None, :])
 
 
 def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
@@ -197,44 +184,65 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
     gate_up, mode = experts.gate_up, _mode(experts)
     (m, hidden), num_experts = x.shape, len(experts.router)
     h, quantised, scales = _normed(ops, x, norm, eps, experts, mode)
-    logits = torch.empty((m, num_experts), device=x.device)
+    logits, given = torch.empty((m, num_experts), device=x.device), static_scale(gate_up)
     router_kernel[(num_experts, triton.cdiv(m, ROUTED))](
-        h, experts.router, logits, quantised[-1], scales[-1], input_scale(gate_up, scales), m,
+        h, experts.router, logits, quantised[-1], scales[-1], scales if given is None else given, m,
         X=num_experts, K=hidden, STATIC=mode == "static", BM=ROUTED, BLOCK=triton.next_power_of_2(hidden), num_warps=8,
         **ops.launch(),
     )  # fmt: skip
-    rows = data(gate_up).shape[1]
-    inner = torch.empty((2, m, rows // 2), dtype=h.dtype, device=x.device)
-    chosen = torch.empty(m, dtype=torch.int32, device=x.device)
+    rows, static = data(gate_up).shape[1], mode == "static"
+    next_scale, shared_next = (static_scale(weight) for weight in (experts.down, experts.shared_down))
+    inner = torch.empty((2, m, rows // 2), dtype=FP8 if static else h.dtype, device=x.device)
     t = tile("expert_gate_up", rows, hidden, data(gate_up).element_size())
     largest = torch.empty((2, m, triton.cdiv(rows, t.BN)), device=x.device)
+    forced = logits if experts.forced is None else experts.forced
+    constants = {"X": num_experts, "XP": triton.next_power_of_2(num_experts), "FORCED": experts.forced is not None}
+    inputs, weight, options = _operands(h if mode == "plain" else quantised, gate_up, t, False)
     expert_gate_up_kernel[(triton.cdiv(rows, t.BN), m + 1)](
-        h if mode == "plain" else quantised, scales, logits, chosen if experts.forced is None else experts.forced,
-        data(gate_up), row_scale(gate_up), data(experts.shared_gate_up), row_scale(experts.shared_gate_up),
-        chosen, inner, largest, m,
-        N=rows, K=hidden, X=num_experts, XP=triton.next_power_of_2(num_experts),
-        QUANTISED=mode != "plain", STATIC=mode == "static", FORCED=experts.forced is not None,
-        BN=t.BN, BK=t.BK, BM=TOKENS, **ops.launch(t),
+        inputs, scales, logits, forced, weight, row_scale(gate_up),
+        inner, largest, largest if next_scale is None else next_scale, largest if shared_next is None else shared_next, m,
+        N=rows, K=hidden, QUANTISED=mode != "plain", STATIC=static, **constants, **options, **ops.launch(t),
     )  # fmt: skip
-    ops.pending = (x, _down(ops, inner, largest, logits, chosen, experts, mode))
+    t = tile("expert_down", hidden, rows // 2, data(experts.down).element_size())
+    inputs, weight, options = _operands(inner, experts.down, t, mode == "dynamic")
+    out = torch.empty((2, m, hidden), device=x.device)
+    expert_down_kernel[(triton.cdiv(hidden, t.BN), m + 1)](
+        inputs, largest, logits, forced,
+        logits if next_scale is None else next_scale, logits if shared_next is None else shared_next,
+        weight, row_scale(experts.down), out, m,
+        N=hidden, K=rows // 2, INPUT=mode, LARGEST=largest.shape[-1], **constants, **options, **ops.launch(t),
+    )  # fmt: skip
+    ops.pending = x, out
 
 
-def _down(
-    ops: Any, inner: Tensor, largest: Tensor, logits: Tensor, chosen: Tensor, experts: Experts, mode: str
-) -> Tensor:
-    """Partial sums f32 [2 S, M, H] of inner [2, M, I]."""
-    (m, k), (num_experts, n, _) = inner.shape[1:], data(experts.down).shape
-    t = tile("expert_down", n, k, data(experts.down).element_size())
-    out = torch.empty((2 * t.splits, m, n), device=inner.device)
-    expert_down_kernel[(triton.cdiv(n, t.BN), t.splits, m + 1)](
-        inner, largest, logits, chosen if experts.forced is None else experts.forced, chosen,
-        input_scale(experts.down, logits), input_scale(experts.shared_down, logits),
-        data(experts.down), row_scale(experts.down), data(experts.shared_down), row_scale(experts.shared_down), out, m,
-        N=n, K=k, S=t.splits, X=num_experts, XP=triton.next_power_of_2(num_experts),
-        INPUT=mode, FORCED=experts.forced is not None,
-        LARGEST=largest.shape[-1], BN=t.BN, BK=t.BK, BM=TOKENS, **ops.launch(t),
-    )  # fmt: skip
-    return out
+def pack_experts(experts: Experts) -> Experts:
+    """The shared expert behind the routed ones, [X + 1, N, K], so that kernels take either by its number."""
+    gate_up, shared_gate_up = _append(experts.gate_up, experts.shared_gate_up)
+    down, shared_down = _append(experts.down, experts.shared_down)
+    packed = replace(experts, gate_up=gate_up, down=down, shared_gate_up=shared_gate_up, shared_down=shared_down)
+    _mode(packed)
+    return packed
+
+
+def _append(routed: Weight, shared: Weight) -> tuple[Weight, Weight]:
+    """Both as one, and the view of the shared part."""
+    if isinstance(routed, Tensor) and isinstance(shared, Tensor):
+        whole = torch.cat([routed, shared[None]])
+        return whole, whole[-1]
+    if isinstance(routed, Tensor) or isinstance(shared, Tensor):
+        return routed, shared  # refused by _mode
+    rows = torch.cat([routed.data.view(torch.uint8), shared.data[None].view(torch.uint8)]).view(FP8)
+    scale = torch.cat([routed.scale, shared.scale[None]])
+    return Fp8Weight(rows, scale, routed.input_scale), Fp8Weight(rows[-1], scale[-1], shared.input_scale)
+
+
+def _operands(x: Tensor, weight: Weight, t: Tile, rounded: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """x, the weight and the tile as the kernels take them: by descriptor where both are aligned. rounded: x in the kernel."""
+    options = {"BN": t.BN, "BK": t.BK, "BM": t.tokens, "SWAP": t.swap}
+    matrix, inputs = descriptor(data(weight), t.BN, t.BK), descriptor(x, t.tokens, t.BK)
+    if inputs is None or matrix is None:
+        return x, data(weight), {**options, "TMA": False}
+    return x if rounded else inputs, matrix, {**options, "TMA": True}
 
 
 def _normed(
@@ -245,12 +253,14 @@ def _normed(
     Static scales may differ: the shared expert's part comes first, that of the routed ones is left to the router.
     """
     (m, k), (pending, count) = x.shape, ops.pending_parts(x)
+    ops.pending = None
     parts = 2 if mode == "static" else 1
     h = torch.empty((m, k), dtype=experts.router.dtype, device=x.device)
     quantised = torch.empty((parts, m, k), dtype=FP8, device=x.device)
     scales = torch.empty((parts, m), device=x.device)
+    given = static_scale(experts.shared_gate_up)
     add_norm_kernel[(m,)](
-        x, pending, norm, h, scales, quantised, scales, input_scale(experts.shared_gate_up, scales), m, eps,
+        x, pending, norm, h, scales, quantised, scales, scales if given is None else given, m, eps,
         K=k, P=count, PLAIN="normed", QUANTISE="no" if mode == "plain" else mode, BLOCK=triton.next_power_of_2(k),
         num_warps=8, **ops.launch(),
     )  # fmt: skip

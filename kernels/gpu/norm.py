@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from specdec.kernels.gpu.linear import MIN_SCALE, pending_sum, to_fp8
 from specdec.kernels.gpu.pdl import wait
+
+
+@dataclass(slots=True, eq=False)
+class Ready:
+    """A stream as its next product takes it: times the norm's weight, its RMSNorm's factor left to the product."""
+
+    stream: Tensor
+    norm: Tensor
+    value: Tensor  # compute dtype [M, K]
+    squares: Tensor  # f32 [M, parts], which sum to the squares of each token's stream
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -40,13 +53,15 @@ def add_norm_kernel(
         tl.store(plain + at, h.to(plain.dtype.element_ty), mask)
         tl.store(squares + token, total)
     else:
-        h = (h * tl.rsqrt(total / K + eps)).to(plain.dtype.element_ty).to(tl.float32)
+        factor = tl.rsqrt(total / K + eps)
+        most = (tl.max(tl.abs(h), 0) * factor).to(plain.dtype.element_ty).to(tl.float32)  # rounding keeps the order
+        h = (h * factor).to(plain.dtype.element_ty).to(tl.float32)
         if PLAIN == "normed":
             tl.store(plain + out, h.to(plain.dtype.element_ty), mask)
         if QUANTISE == "static":
             scale = tl.load(input_scale)
         else:
-            scale = tl.maximum(tl.max(tl.abs(h), 0) / 448.0, MIN_SCALE)
+            scale = tl.maximum(most / 448.0, MIN_SCALE)
         if QUANTISE != "no":
             tl.store(quantised + at, to_fp8(h * (1.0 / scale)), mask)
             tl.store(scales + token, scale)

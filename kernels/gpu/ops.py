@@ -7,7 +7,6 @@ elsewhere calls `flush` first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,26 +19,16 @@ from specdec.kernels.gpu.attention import attention
 from specdec.kernels.gpu.heads import compute_dtype as heads_dtype
 from specdec.kernels.gpu.heads import places, rotate
 from specdec.kernels.gpu.linear import TOKENS, burst_kernel, linear_kernel
-from specdec.kernels.gpu.moe import moe
-from specdec.kernels.gpu.norm import add_kernel, add_norm_kernel, embed_kernel
+from specdec.kernels.gpu.moe import moe, pack_experts
+from specdec.kernels.gpu.norm import Ready, add_kernel, add_norm_kernel, embed_kernel
 from specdec.kernels.gpu.table import Tile, tile
-from specdec.kernels.gpu.weights import data, interleave, pair_heads, shape
-from specdec.kernels.reference import AttentionRule, Experts, Fp8Weight, Weight
+from specdec.kernels.gpu.weights import data, descriptor, interleave, pair_heads, row_scale, shape, static_scale
+from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, Weight
 from specdec.types import ModelInputs
 
 TOKENS_EXACT = 64
 NO_HEADS = (0, 1, 2, False)  # query heads, KV heads, head size, rotary embedding
 BURST = 2048  # inputs up to which a program loads its weights in one go
-
-
-@dataclass(slots=True, eq=False)
-class Ready:
-    """A stream as its next product takes it: times the norm's weight, its RMSNorm's factor left to the product."""
-
-    stream: Tensor
-    norm: Tensor
-    value: Tensor  # compute dtype [M, K]
-    squares: Tensor  # f32 [M, parts], which sum to the squares of each token's stream
 
 
 class Ops:
@@ -65,6 +54,10 @@ class Ops:
     def pack_heads(self, weight: Weight, size: int) -> Weight:
         """Weights of heads of `size` channels: the two rows that the rotary embedding turns stand together."""
         return pair_heads(weight, size)
+
+    def pack_experts(self, experts: Experts) -> Experts:
+        """A mixture whose weights are packed."""
+        return pack_experts(experts)
 
     def embed(self, tokens: Tensor, table: Tensor, norm: Tensor) -> Tensor:
         """Rows of the table [V, K] as the stream f32 [M, K]; tokens int64 [M]. norm: what the stream meets first."""
@@ -110,44 +103,47 @@ class Ops:
         self._norm_product(x, norm, eps, weight, "store", (out,))
         return out
 
-    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight) -> Tensor:
-        """RMSNorm, gate and up products, silu(gate) * up: f32 [M, K] -> compute dtype [M, N/2]."""
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, weight: Weight, into: Weight | None = None) -> Tensor:
+        """RMSNorm, gate and up products, silu(gate) * up: f32 [M, K] -> [M, N/2], in e4m3 for an `into` of static scale."""
         dtype = reference.compute_dtype(weight)
         if len(x) > TOKENS_EXACT:
-            pairs = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2))
-            product: Tensor = F.silu(pairs[..., 0]) * pairs[..., 1]
+            gate, up = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2)).unbind(-1)
+            product: Tensor = F.silu(gate) * up
             return product.to(dtype)
-        out = torch.empty((len(x), shape(weight)[0] // 2), dtype=dtype, device=x.device)
-        extra = out, out
-        if isinstance(weight, Fp8Weight):
-            t = tile("norm", *shape(weight), 1)
-            extra = out, out.new_empty((len(x), triton.cdiv(len(weight.data), t.BN)), dtype=torch.float32)
-            self.largest = extra
-        self._norm_product(x, norm, eps, weight, "swiglu", extra)
+        scale, (n, k), m = static_scale(into), shape(weight), len(x)
+        out = torch.empty((m, n // 2), dtype=dtype if scale is None else FP8, device=x.device)
+        largest = out
+        if isinstance(weight, Fp8Weight) and scale is None:
+            largest = torch.empty((m, triton.cdiv(n, tile("norm", n, k, 1).BN)), device=x.device)
+            self.largest = out, largest
+        self._norm_product(x, norm, eps, weight, "swiglu", (out, largest, largest if scale is None else scale))
         return out
 
     def norm_attention(
         self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight, keys: Tensor, values: Tensor, inputs: ModelInputs,
-        cos: Tensor, sin: Tensor, rule: AttentionRule,
+        cos: Tensor, sin: Tensor, rule: AttentionRule, into: Weight | None = None,
     ) -> Tensor:  # fmt: skip
-        """RMSNorm, the QKV product, rotary embedding, KV append, attention: f32 [M, K] -> [M, H*E]; cache [B, G, S, E]."""
+        """RMSNorm, the QKV product, rotary embedding, KV append, attention: f32 [M, K] -> [M, H*E]; cache [B, G, S, E].
+
+        The result is in e4m3 for a product `into` that has a static input scale.
+        """
         groups, size, m = keys.shape[1], keys.shape[3], x.shape[-2]
         heads = shape(weight)[0] // size - 2 * groups
         queries = torch.empty((m, heads * size), dtype=heads_dtype(keys), device=x.device)
         where = places(queries, keys, values, inputs, cos, sin, rule)
         n, k = shape(weight)
         burst = isinstance(weight, Tensor) and k <= BURST
-        splits = 1 if burst else tile("qkv", n, k, data(weight).element_size()).splits
-        if m <= TOKENS_EXACT and splits > 1:
-            parts = torch.empty((splits, m, n), device=x.device)
+        if m > TOKENS_EXACT or (burst and (rule.q_norm is not None or (rule.unit_norm and rule.rope))):
+            rotate(self, self.norm_linear(x, norm, eps, weight), where, rule, heads, groups)
+        elif burst:
+            self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
+        else:
+            parts = torch.empty((tile("qkv", n, k, data(weight).element_size()).splits, m, n), device=x.device)
             self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
             rotate(self, parts, where, rule, heads, groups)
-        elif m > TOKENS_EXACT or rule.q_norm is not None or (rule.unit_norm and rule.rope):
-            rotate(self, self.norm_linear(x, norm, eps, weight), where, rule, heads, groups)
-        else:
-            self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
-        largest = None if isinstance(weight, Tensor) else torch.empty((m, groups), device=x.device)
-        out = attention(self, queries, keys, values, inputs, rule.chunk, largest)
+        scale = static_scale(into) if m <= TOKENS_EXACT else None
+        largest = None if isinstance(weight, Tensor) or scale is not None else torch.empty((m, groups), device=x.device)
+        out = attention(self, queries, keys, values, inputs, rule.chunk, largest, scale)
         if largest is not None:
             self.largest = out, largest
         return out
@@ -198,7 +194,7 @@ class Ops:
         if burst is not None:
             self._burst(h, scale, burst, eps, use, extra, heads)
         else:
-            self._linear(h, scale, weight, tile(kind, n, k, data(weight).element_size()), use, extra, heads)
+            self._linear(h, scale, weight, tile(kind, n, k, data(weight).element_size()), use, extra)
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
         ready = Ready(x, norm, torch.empty_like(x, dtype=dtype), x.new_empty((len(x), 1)))
@@ -248,24 +244,29 @@ class Ops:
         )  # fmt: skip
 
     def _linear(
-        self, x: Tensor, scale: Tensor | None, weight: Weight, t: Tile, use: str, extra: tuple[Any, ...],
-        heads: tuple[int, int, int, bool] = NO_HEADS, count: int = 0,
-    ) -> None:  # fmt: skip
+        self, x: Tensor, scale: Tensor | None, weight: Weight, t: Tile, use: str, extra: tuple[Any, ...], count: int = 0
+    ) -> None:
+        """x [M, K]: of FP8 weights e4m3 with its scales f32 [M], or with the static one, or yet to be rounded."""
         (n, k), m = shape(weight), len(x)
-        assert use != "heads" or (heads[2] % t.BN == 0 and t.splits == 1), "a program's rows are of one head"
-        weight_scale, input_scale, mode, parts = x, x, "plain", 1
+        mode, parts = "plain", 1
         if isinstance(weight, Fp8Weight):
-            weight_scale = weight.scale
-            input_scale = x if weight.input_scale is None else weight.input_scale
             mode = "scaled" if scale is not None else "dynamic" if weight.input_scale is None else "static"
+        if mode == "static":
+            scale = static_scale(weight)
+            if x.dtype != FP8:  # nobody told its producer
+                x = reference.quantize(x, scale)[0]
         if mode == "dynamic":
             known = len(self.largest) == 2 and self.largest[0] is x
             scale = self.largest[1] if known else x.abs().amax(-1, keepdim=True).float()
             parts = scale.shape[1]
-        linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, TOKENS))](
-            x, x if scale is None else scale, input_scale, data(weight), weight_scale, extra, m, LARGEST=parts,
-            N=n, K=k, P=count, S=t.splits, INPUT=mode, USE=use, H=heads[0], G=heads[1], E=heads[2], ROPE=heads[3],
-            BN=t.BN, BK=t.BK, BM=TOKENS, **self.launch(t),
+        whole = t.splits == 1 or k // t.splits % t.BK == 0
+        matrix = descriptor(data(weight), t.BN, t.BK) if whole else None
+        inputs = x if matrix is None or mode == "dynamic" else descriptor(x, t.tokens, t.BK)
+        linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, t.tokens))](
+            x if inputs is None else inputs, x if scale is None else scale, data(weight) if matrix is None else matrix,
+            row_scale(weight), extra, m, LARGEST=parts,
+            N=n, K=k, P=count, S=t.splits, INPUT=mode, USE=use, TMA=matrix is not None,
+            BN=t.BN, BK=t.BK, BM=t.tokens, SWAP=t.swap, **self.launch(t),
         )  # fmt: skip
 
     def _long(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:
@@ -275,8 +276,9 @@ class Ops:
     def add_moe(self, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
         """x f32 [M, H] += the mixture of experts of RMSNorm(x); it stays pending."""
         self.ready = None
-        for first in range(0, len(x), TOKENS_EXACT):
-            part = x if len(x) <= TOKENS_EXACT else x[first : first + TOKENS_EXACT]
+        if len(x) > TOKENS_EXACT:
+            self.flush(x)
+        for part in [x] if len(x) <= TOKENS_EXACT else x.split(TOKENS_EXACT):
             moe(self, part, norm, eps, experts)
             if part is not x:
                 self.flush(part)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.reference import FP8, Fp8Weight, Weight
 
-__all__ = ["data", "input_scale", "interleave", "pair_heads", "row_scale", "shape"]
+__all__ = ["data", "descriptor", "interleave", "pair_heads", "row_scale", "shape", "static_scale"]
 
 
 def interleave(weight: Weight) -> Weight:
@@ -51,7 +52,15 @@ def row_scale(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.scale
 
 
-def input_scale(weight: Weight, otherwise: Tensor) -> Tensor:
-    """The static scale of the inputs, or something that is never read."""
-    found = None if isinstance(weight, Tensor) else weight.input_scale
-    return otherwise if found is None else found
+def static_scale(weight: Weight | None) -> Tensor | None:
+    """The scale f32 [1] that a checkpoint gives for the inputs, if any."""
+    if weight is None or isinstance(weight, Tensor) or weight.input_scale is None:
+        return None
+    return weight.input_scale.view(1)
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """Blocks of a matrix [..., K], leading dimensions as one, for the tensor memory accelerator; None where it is unaligned."""
+    if matrix.shape[-1] * matrix.element_size() % 16 or matrix.data_ptr() % 16 or not matrix.is_contiguous():
+        return None
+    return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), [rows, columns])

@@ -81,6 +81,11 @@ def signature(places: Sequence[Slot]) -> tuple[Any, ...]:
     )
 
 
+def _shapes(found: tuple[Any, ...]) -> list[Any]:
+    """A signature without who shares what."""
+    return [place[:3] for place in found]
+
+
 class _Graph(Generic[Result]):
     """One captured step and the tensors it works on."""
 
@@ -104,10 +109,14 @@ class _Graph(Generic[Result]):
 
 
 class GraphedStep(Generic[Result]):
-    """Runs a step: as it is the first time that a signature is seen, as a graph from then on."""
+    """Runs a step: as it is the first time that a signature is seen, as a graph from then on.
+
+    A step that leaves other shapes than it found (a drafter that reads a prompt) is no graph: it runs as it is every time.
+    """
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], _Graph[Result] | None] = {}
+        self._unlike: set[tuple[Any, ...]] = set()
         self._current: _Graph[Result] | None = None
         self._pool: Any = None
 
@@ -119,10 +128,15 @@ class GraphedStep(Generic[Result]):
         """roots: the objects that keep tensors between steps. static: whatever else decides what a step launches."""
         if self._current is None:
             places = list(slots(roots))
-            key = (*static, *signature(places))
+            found = signature(places)
+            key = (*static, *found)
             if key not in self._graphs:
-                self._graphs[key] = None
-                return step()
+                result = step()
+                if key in self._unlike or _shapes(signature(list(slots(roots)))) != _shapes(found):
+                    self._unlike.add(key)
+                else:
+                    self._graphs[key] = None
+                return result
             graph = self._graphs[key]
             if graph is None:
                 self._pool = self._pool or torch.cuda.graph_pool_handle()

@@ -34,6 +34,9 @@ class Format:
 
 
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`specdec train` names the layers it chose, which need not be the usual ones: without them nothing says which."""
+    if not config["feature_layers"]:
+        raise ValueError("config.json lacks feature_layers: add the target's layers that the head was trained with")
     return dict(config)
 
 

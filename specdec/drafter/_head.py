@@ -29,6 +29,7 @@ Config = TypeVar("Config")
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 HEADS = Path(__file__).parents[1] / "heads"  # what ships
+_ROWS = 1 << 13  # of an embedding, compared in one go
 
 
 def find_head(name: str | Path) -> Path:
@@ -88,12 +89,26 @@ def check_embedding(folder: Path, target: Any) -> None:
     """ValueError where a head brings an embedding, and it is not the target's: it was made for another target."""
     for name, tensor in checkpoints.iter_tensors(folder):
         if name == "embed_tokens.weight":
-            theirs, ours = tensor.read().float(), target.embed.cpu().float()
-            if theirs.shape != ours.shape or (theirs - ours).norm() > 0.01 * ours.norm():
-                raise ValueError(
-                    f"the head in {folder} brings an embed_tokens.weight that differs from the target's "
-                    f"({list(theirs.shape)} and {list(ours.shape)}): it was made for another target"
-                )
+            ours: Tensor = target.embed
+            if tensor.shape != ours.shape:
+                how = f"in shape, {list(tensor.shape)} and {list(ours.shape)}"
+            elif not (apart := _distance(tensor.read(), ours)) <= 0.01:  # NaN is no match either
+                how = f"by {apart:.0%}, and 1% is taken for rounding"
+            else:
+                continue
+            raise ValueError(
+                f"the head in {folder} brings an embed_tokens.weight that differs from the target's {how}: it was made for "
+                "another target, take one that was trained for this"
+            )
+
+
+def _distance(theirs: Tensor, ours: Tensor) -> float:
+    """|theirs - ours| / |ours|, where ours lies and in parts: f32 copies of a large table may not fit beside the model."""
+    sums = torch.zeros(2, device=ours.device)
+    for a, b in zip(torch.split(theirs, _ROWS), torch.split(ours, _ROWS), strict=True):
+        b = b.float()
+        sums += torch.stack([(a.to(b) - b).square().sum(), b.square().sum()])
+    return float((sums[0] / sums[1]).sqrt())
 
 
 def operations(target: Any, config: Any) -> Any:

@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
         """Fuse q, k, v and gate, up, hand the weights to the backend's format, and let the originals go."""
         self.ops = ops
         self.norms = self.input_layernorm.weight.data, self.post_attention_layernorm.weight.data
-        self.next_norm: Tensor | None = None  # of the layer behind, or the final one
+        self.next_norm: Tensor | None = None  # of the layer behind, if there is one
         attn = self.self_attn
         q, k = (pair_halves(projection.value(), self.pair_size) for projection in (attn.q_proj, attn.k_proj))
         self.qkv = ops.pack_heads(stack([q, k, attn.v_proj.value()]), self.head_dim)
@@ -156,7 +156,7 @@ class DecoderLayer(nn.Module):
         self.experts: Experts | None = None
         if isinstance(block, MoE):
             routed, shared = block.experts.values(ops), block.shared_expert.values(ops)
-            self.experts = Experts(block.router.weight.data, *routed, *shared)
+            self.experts = ops.pack_experts(Experts(block.router.weight.data, *routed, *shared))
         else:
             self.gate_up, self.down = block.values(ops)
         delattr(self, name)
@@ -165,9 +165,11 @@ class DecoderLayer(nn.Module):
         """Advance the residual stream x f32 [M, hidden] in place, and write this forward's K/V."""
         ops = self.ops
         cache = keys, values, inputs, cos, sin, self.rule
-        ops.add_linear(x, ops.norm_attention(x, self.norms[0], self.eps, self.qkv, *cache), self.o, self.norms[1])
+        heads = ops.norm_attention(x, self.norms[0], self.eps, self.qkv, *cache, into=self.o)
+        ops.add_linear(x, heads, self.o, self.norms[1])
         if self.experts is None:
-            ops.add_linear(x, ops.norm_swiglu(x, self.norms[1], self.eps, self.gate_up), self.down, self.next_norm)
+            inner = ops.norm_swiglu(x, self.norms[1], self.eps, self.gate_up, into=self.down)
+            ops.add_linear(x, inner, self.down, self.next_norm)
         else:
             ops.add_moe(x, self.norms[1], self.eps, self.experts)
 

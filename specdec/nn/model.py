@@ -6,6 +6,7 @@ Layer id i names the residual stream after layer i, 0-based; "hidden" is the str
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class DecoderModel(nn.Module):
         for layer in self.layers:
             layer.pack(ops)
         self.norm = self.model.norm.weight.data
-        for layer, norm in zip(self.layers, [*(layer.norms[0] for layer in self.layers[1:]), self.norm], strict=True):
-            layer.next_norm = norm
+        for layer, following in pairwise(self.layers):
+            layer.next_norm = following.norms[0]  # the final norm reads the stream: prefill picks rows of it
         self.set_positions(256)
         if not tied:
             del self.lm_head
