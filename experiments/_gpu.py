@@ -124,7 +124,7 @@ def expert_bytes(target: Any, tokens: int) -> dict[str, int]:
             ("expert_gate_up_kernel", experts.gate_up, experts.shared_gate_up),
             ("expert_down_kernel", experts.down, experts.shared_down),
         ):
-            each = weight_size(routed) // len(experts.router)
+            each = weight_size(routed) // len(routed.data)
             total[kernel] += distinct * each + weight_size(shared)
     return {name: size for name, size in total.items() if size}
 
