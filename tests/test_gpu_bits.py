@@ -35,7 +35,7 @@ CONFIGS: dict[str, tuple[ModelConfig, str, bool]] = {  # sizes, dtype, FP8
     "qwen3": (ModelConfig(260, 192, 416, 2, 6, 2, 64, model_type="qwen3", qk_norm="weighted"), "bfloat16", False),
     "llama4": (as_llama4(ModelConfig(260, 192, 416, 4, 10, 2, 32)), "bfloat16", False),
 }
-SHARES = [(1, 64), (2, 32), (3, 21), (4, 5), (7, 9), (16, 4), (64, 1)]  # rows and nodes of a forward
+SHARES = [(1, 64), (2, 32), (3, 21), (4, 5), (7, 9), (16, 4), (64, 1), (40, 6)]  # rows and nodes of a forward
 
 
 class Random(Llama):

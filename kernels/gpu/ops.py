@@ -26,7 +26,8 @@ from specdec.kernels.gpu.weights import data, descriptor, interleave, pair_heads
 from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, Weight
 from specdec.types import ModelInputs
 
-TOKENS_EXACT = 64
+TOKENS_EXACT = 256
+TOKENS_ROUTED = 64  # of one mixture: every token has its own programs
 NO_HEADS = (0, 1, 2, False)  # query heads, KV heads, head size, rotary embedding
 BURST = 2048  # inputs up to which a program loads its weights in one go
 
@@ -276,9 +277,9 @@ class Ops:
     def add_moe(self, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
         """x f32 [M, H] += the mixture of experts of RMSNorm(x); it stays pending."""
         self.ready = None
-        if len(x) > TOKENS_EXACT:
+        if len(x) > TOKENS_ROUTED:
             self.flush(x)
-        for part in [x] if len(x) <= TOKENS_EXACT else x.split(TOKENS_EXACT):
+        for part in [x] if len(x) <= TOKENS_ROUTED else x.split(TOKENS_ROUTED):
             moe(self, part, norm, eps, experts)
             if part is not x:
                 self.flush(part)

@@ -154,6 +154,18 @@ class Llama:
         self.lengths = torch.where(filled > 0, filled, self.lengths)
         return ModelOutput(self.model.logits(last)[:, None], features, self._vocabulary).whole()
 
+    def read(self, tokens: Tensor, lengths: Tensor, features: Sequence[int | str]) -> Tensor:
+        """Features [B, T, F*H] of whole texts in one forward, 0 behind a row's length. It takes the cache.
+
+        Faster on a GPU than `prefill`, which keeps the bits of a row apart from who shares the batch.
+        """
+        batch, width = tokens.shape
+        self.allocate(batch, width, 0, features)
+        places = torch.arange(width, dtype=torch.int32, device=self.device).repeat(batch, 1)
+        texts = ModelInputs(tokens.to(self.device), places, torch.zeros_like(self.lengths))
+        tapped: Tensor = self.model(texts, self.cache, self.features)[1]
+        return tapped.view(batch, width, -1) * (places < lengths.to(self.device)[:, None])[..., None]
+
     def verify(self, tree: DraftTree) -> ModelOutput:
         """Root and drafts in one forward; a chain needs no path lists. The logits are this rank's part."""
         self._chain = tree.is_chain

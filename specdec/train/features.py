@@ -34,16 +34,19 @@ class FeatureSource(Protocol):
 
 
 class Features:
-    """Computes them: one prefill of the target, whose cache it takes; in the target's dtype."""
+    """Computes them with the target, whose cache it takes; in the target's dtype."""
 
     def __init__(self, target: Target, taps: Sequence[int]) -> None:
         self.target, self.taps = target, tuple(taps)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        rows, width = batch.tokens.shape
-        self.target.allocate(rows, width, 0, (*self.taps, "hidden"))
-        features = self.target.prefill(batch.tokens.to(self.target.lengths.device), batch.lengths).features
+        wanted: tuple[int | str, ...] = (*self.taps, "hidden")
+        if self.target.lengths.device.type == "cuda" and hasattr(self.target, "read"):
+            features = self.target.read(batch.tokens, batch.lengths, wanted)
+        else:
+            self.target.allocate(len(batch.tokens), batch.tokens.shape[1], 0, wanted)
+            features = self.target.prefill(batch.tokens.to(self.target.lengths.device), batch.lengths).features
         assert features is not None
         size = features.shape[-1] // (len(self.taps) + 1)
         return features[..., :-size], features[..., -size:]
