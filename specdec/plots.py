@@ -15,6 +15,7 @@ from specdec.metrics import ALL, BASELINE, METHOD, acceptance_by_position, break
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 PARTS = {"propose": "#E69F00", "verify": "#0072B2", "accept": "#CC79A7", "host": "#BBBBBB"}
+WHOLE = "#56B4E9"  # a step in one piece
 FEW = 30  # drafts; below that a rate is drawn hollow
 
 
@@ -150,7 +151,7 @@ def plot_steps(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> 
 def plot_breakdown(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> Figure:
     """Where a step's time goes, a bar per method: propose, verify, accept, host.
 
-    Lengths are steps of the baseline where the run has one, else ms.
+    Lengths are steps of the baseline where the run has one, else ms. A CUDA graph is one piece, without parts.
     """
     ax = ax or new_axes()
     table = breakdown(frame).reset_index()
@@ -160,13 +161,17 @@ def plot_breakdown(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None)
     plain = table.loc[table["drafter"] == BASELINE, "seconds_per_step"]
     unit, unit_name = (1 / plain.iloc[0], f"steps of {BASELINE}") if len(plain) == 1 else (1000.0, "ms")
     for part, colour in PARTS.items():
-        values = unit * (table[part] * table["seconds_per_step"]).to_numpy()
+        values = unit * (table[part] * table["seconds_per_step"]).fillna(0).to_numpy()
         ax.barh(y, values, left=left, color=colour, height=0.6, label=part)
         left += values
+    whole = table["verify"].isna().to_numpy()
+    if whole.any():
+        left = np.where(whole, unit * table["seconds_per_step"].fillna(0), left)
+        ax.barh(y[whole], left[whole], color=WHOLE, height=0.6, label="one graph")
     for row, total in enumerate(left):
-        overhead = 1 - table["verify"].iloc[row]
-        ax.text(total, row, f" {overhead:.0%} overhead", va="center", fontsize=9)
-    ax.set_xlim(0, 1.45 * left.max())
+        text = "" if whole[row] else f" {1 - table['verify'].iloc[row]:.0%} overhead"
+        ax.text(total, row, text, va="center", fontsize=9)
+    ax.set_xlim(0, 1.45 * (left.max() or 1))
     ax.set_yticks(y, table["label"])
     ax.invert_yaxis()
     ax.set_xlabel(f"time of a decode step, in {unit_name} (overhead: all but verify)")

@@ -113,6 +113,15 @@ def test_figures_draw(run: Path, frame: pd.DataFrame, tmp_path: Path) -> None:
     assert sorted(points) == pytest.approx(sorted(table.query("drafter == 'ngram'")["speedup"]))
 
 
+def test_a_step_in_one_piece_is_drawn(tmp_path: Path) -> None:
+    """A CUDA graph has no times of its parts."""
+    parts = {f"{part}_seconds": [None] * 3 for part in ("propose", "verify", "accept")}
+    trace = [row("none", 0, [0] * 3, 0, step_seconds=[0.5] * 3, **parts)]
+    axes = analysis.plot_breakdown(analysis.load(write_trace(tmp_path, trace))).axes[0]
+    assert "one graph" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert max(bar.get_width() for bar in axes.patches) == pytest.approx(1)  # in steps of plain decoding
+
+
 def test_a_shared_machine_gives_no_answer_about_time(frame: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="one run at a time"):
         analysis.expected_speedup(frame.assign(concurrent=True))
