@@ -166,8 +166,9 @@ def test_any_chain(
         )
 
 
-def test_a_prompt_longer_than_exact_forwards() -> None:
+def test_a_prompt_longer_than_exact_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """The vendor's product, then rotation by itself; queries of several splits."""
+    monkeypatch.setattr(gpu_ops, "TOKENS_EXACT", 64)
     tokens = gpu_ops.TOKENS_EXACT + 3
     positions = 70 + torch.arange(tokens, dtype=torch.int32)[None]
     inputs = ModelInputs(positions.long(), positions, torch.tensor([70], dtype=torch.int32))

@@ -212,7 +212,7 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
         weight, row_scale(experts.down), out, m,
         N=hidden, K=rows // 2, INPUT=mode, LARGEST=largest.shape[-1], **constants, **options, **ops.launch(t),
     )  # fmt: skip
-    ops.pending = x, out
+    ops.leave(x, out)
 
 
 def pack_experts(experts: Experts) -> Experts:

@@ -22,7 +22,16 @@ from specdec.kernels.gpu.linear import TOKENS, burst_kernel, linear_kernel
 from specdec.kernels.gpu.moe import moe, pack_experts
 from specdec.kernels.gpu.norm import Ready, add_kernel, add_norm_kernel, embed_kernel
 from specdec.kernels.gpu.table import Tile, tile
-from specdec.kernels.gpu.weights import data, descriptor, interleave, pair_heads, row_scale, shape, static_scale
+from specdec.kernels.gpu.weights import (
+    data,
+    descriptor,
+    interleave,
+    pair_heads,
+    row_scale,
+    shape,
+    static_scale,
+    vendor_product,
+)
 from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, Weight
 from specdec.types import ModelInputs
 
@@ -154,7 +163,7 @@ class Ops:
         self.ready = None
         if len(x) > TOKENS_EXACT:
             self.flush(residual)
-            residual += _product(x, weight)
+            residual += vendor_product(x, weight)
             return
         (n, k), m = shape(weight), len(x)
         if isinstance(weight, Tensor) and k <= BURST:
@@ -172,7 +181,13 @@ class Ops:
         t = tile("add", n, k, data(weight).element_size())
         out = torch.empty((t.splits, m, n), device=x.device) if t.splits > 1 else residual
         self._linear(x, None, weight, t, "add", (residual, pending, out), count=count)
-        self.pending = (residual, out) if t.splits > 1 else None
+        self.pending = None
+        if t.splits > 1:
+            self.leave(residual, out)
+
+    def leave(self, x: Tensor, parts: Tensor) -> None:
+        """Partial sums f32 [P, M, K] of the stream x, for whoever reads it next."""
+        self.pending = x, parts
 
     def _norm_product(
         self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
@@ -272,7 +287,7 @@ class Ops:
 
     def _long(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:
         self.flush(x)
-        return _product(reference.normed(x, norm, eps, reference.compute_dtype(weight)), weight)
+        return vendor_product(reference.normed(x, norm, eps, reference.compute_dtype(weight)), weight)
 
     def add_moe(self, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
         """x f32 [M, H] += the mixture of experts of RMSNorm(x); it stays pending."""
@@ -283,13 +298,3 @@ class Ops:
             moe(self, part, norm, eps, experts)
             if part is not x:
                 self.flush(part)
-
-
-def _product(x: Tensor, weight: Weight) -> Tensor:
-    """x [M, K] @ weight.T in f32 for many tokens."""
-    if not isinstance(weight, Fp8Weight):
-        return F.linear(x, weight).float()
-    rounded, scale = reference.quantize(x, weight.input_scale)
-    return torch._scaled_mm(
-        rounded, weight.data.t(), scale[:, None], weight.scale[None], out_dtype=torch.bfloat16
-    ).float()

@@ -220,7 +220,8 @@ def choose_backend(
     """
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"target.backend={backend} is unknown; choose auto, native or torch")
-    misfit = "computes in one process" if shared else _misfit(device, config, special)
+    alone = shared and device.type == "cpu"
+    misfit = "computes in one process on the CPU" if alone else _misfit(device, config, special)
     if backend == "native" and misfit:
         raise ValueError(f"target.backend=native {misfit}: use target.backend=torch")
     return "torch" if backend == "torch" or misfit else "native"
@@ -249,14 +250,13 @@ def _misfit(device: torch.device, config: ModelConfig, special: bool) -> str:
 
 def operations(backend: str, device: torch.device, ranks: Ranks | None = None) -> Any:
     """What computes behind a backend's name; compiled kernels are imported only when asked for."""
-    if ranks is not None:
-        return reference.Parallel(ranks.sum)
     if backend == "torch":
-        return reference
+        return reference if ranks is None else reference.Parallel(ranks.sum)
     if device.type == "cuda":
         from specdec.kernels.gpu.ops import Ops
+        from specdec.kernels.gpu.parallel import ParallelOps
 
-        return Ops(device)
+        return Ops(device) if ranks is None else ParallelOps(device, ranks.gather)
     from specdec.kernels.cpu import ops
 
     return ops

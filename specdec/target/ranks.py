@@ -5,6 +5,7 @@ torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Tensors
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from datetime import timedelta
@@ -114,6 +115,7 @@ def join() -> Ranks | None:
             f"-m specdec ...` ({str(error).splitlines()[0]})"
         ) from error
     _ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store())
+    atexit.register(leave)  # a group whose threads meet the end of the process aborts it
     return _ranks
 
 
