@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ SHOWN = ("N", "K", "BN", "BK", "S", "INPUT", "USE", "ROPE", "TREE", "CHUNK", "QU
 
 
 def maverick_jobs(arch: int) -> list[Job]:
-    """What rank 0 of 8 launches in a forward, chain and tree; four layers hold every kind of layer that 48 do."""
+    """What rank 0 of 8 launches in a forward, chain and tree, by scales of inputs that are given and that are found.
+
+    Four layers hold every kind of layer that 48 do.
+    """
     config = ModelConfig.from_huggingface({**read_preset("maverick"), "num_hidden_layers": 4})
     jobs: list[Job] = []
-    for tree in (False, True):
-        found = launches(config, arch, quantized=True, tree=tree, shard=Shard(0, 8))
+    for static, tree in product((True, False), (False, True)):
+        found = launches(config, arch, quantized=True, static=static, tree=tree, shard=Shard(0, 8))
         jobs += [job for job in found if job not in jobs]
     return jobs
 
@@ -48,7 +52,7 @@ def measured(arch: int) -> list[dict[str, Any]]:
             "spills": found.spills,
             "matrix": [name for words, name in INSTRUCTIONS.items() if words in found.ptx],
             "dependent_launch": "griddepcontrol.wait" in found.ptx,
-            "prefetch": "cp.async.bulk.prefetch" in found.ptx,
+            "descriptors": "cp.async.bulk.tensor" in found.ptx,
         }
         for job, found in zip(jobs, compile_kernels(jobs), strict=True)
     ]
@@ -74,12 +78,12 @@ def render(result: dict[str, Any]) -> str:
             "shared, bytes",
             "spilled, bytes",
             "matrix unit",
-            "prefetch",
+            "descriptors",
         ]
         cells = [
             [
                 row["kernel"], ", ".join(f"{k}={v}" for k, v in row["constants"].items()), row["warps"], row["registers"],
-                row["shared"], row["spills"], " ".join(row["matrix"]) or "–", "yes" if row["prefetch"] else "–",
+                row["shared"], row["spills"], " ".join(row["matrix"]) or "–", "yes" if row["descriptors"] else "–",
             ]
             for row in rows
         ]  # fmt: skip

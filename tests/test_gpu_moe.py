@@ -119,14 +119,6 @@ def test_forced_experts(kind: str, ids: tuple[int, ...]) -> None:
     check(x, norm, replace(experts_of(kind), forced=forced(*ids, 0, 0)), kind)
 
 
-@pytest.mark.parametrize("kind", ["f32", "dynamic", "static"])
-def test_tokens_in_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weight rows as the rows of the matrix unit: a program takes 16 tokens at a time."""
-    monkeypatch.setattr(gpu_moe, "tile", lambda *_: Tile(16, 32, swap=True))
-    x, norm = stream(35, 96)
-    check(x, norm, experts_of(kind, (96, 5, 24)), kind)
-
-
 def test_of_equal_logits_the_first_wins() -> None:
     experts, (x, norm) = experts_of("f32"), stream(6)
     experts.router[2:] = experts.router[1]

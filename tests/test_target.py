@@ -24,7 +24,8 @@ from parity import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdec.nn import ModelConfig
+from specdec.kernels.reference import FP8
+from specdec.nn import KVCache, ModelConfig
 from specdec.target import Target
 from specdec.target.llama import Llama
 from specdec.types import ModelInputs
@@ -203,3 +204,27 @@ def test_too_long(folder: Path) -> None:
 def test_bad_tap(folder: Path, tap: int | str) -> None:
     with pytest.raises(ValueError, match=f"features tap layer {tap!r}"):
         Llama(folder).allocate(1, 8, 1, [tap])
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "message"),
+    [("fp8", "kv_dtype=fp8 needs the kernels of a GPU.*backend native on cpu"), ("int8", "kv_dtype=int8 is unknown")],
+)
+def test_a_cache_that_cannot_be(saved: tuple[Path, Any], kv_dtype: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Llama(saved[0], dtype="float32", device="cpu", backend="native", kv_dtype=kv_dtype)
+
+
+def test_an_fp8_cache_keeps_a_path() -> None:
+    """Bit for bit as one in f32 does."""
+    config, device = ModelConfig(16, 32, 32, 2, 2, 1, 32), torch.device("cpu")
+    wide, narrow = (KVCache(config, 2, 16, dtype, device) for dtype in (torch.float32, FP8))
+    for plain, small in ((wide.keys, narrow.keys), (wide.values, narrow.values)):
+        small.copy_(torch.randn(small.shape))
+        plain.copy_(small)
+    before, path = wide.keys.clone(), torch.tensor([[0, 2, 5], [0, 3, 3]], dtype=torch.int32)
+    for cache in (wide, narrow):
+        cache.keep_path(torch.tensor([3, 4], dtype=torch.int32), path, torch.tensor([2, 1]))
+    assert torch.equal(wide.keys, narrow.keys.float())
+    assert torch.equal(wide.values, narrow.values.float())
+    assert torch.equal(wide.keys[:, 0, :, 4:6], before[:, 0, :, [5, 8]])  # nodes 2 and 5 stand behind the root

@@ -1,7 +1,7 @@
 """Products of a few tokens with a large weight matrix, which is read once, through the tensor memory accelerator.
 
-M tokens, K inputs, N outputs, P pending partial sums, S parts of K. A program owns BN weight rows and BM token columns, or all
-tokens where BM is 64. Which tile and split is used depends on (N, K) alone, so the bits of a token's result do not depend on
+M tokens, K inputs, N outputs, P pending partial sums, S parts of K. A program owns BN weight rows and BM token columns.
+Which tile and split is used depends on (N, K) alone, so the bits of a token's result do not depend on
 who shares the forward. M is never specialised: Triton lays sums out by what it knows of an address. Results are [BM, BN]: the
 two rows of a pair, which alternate, then lie in one thread.
 """
@@ -15,7 +15,7 @@ from specdec.kernels.gpu.heads import load_places, pairs, store_head
 from specdec.kernels.gpu.pdl import wait
 
 MIN_SCALE = tl.constexpr(2.0**-100)  # a token of zeros has a scale too
-TOKENS = 16  # columns of a program of burst_kernel: one shape of the matrix instruction, whatever M is
+TOKENS = 16  # columns of a program: one shape of the matrix instruction, whatever M is
 
 
 @triton.jit
@@ -184,33 +184,27 @@ def operands(
 
 
 @triton.jit
-def dot(w, h, acc, SWAP: tl.constexpr):
-    """acc += what rows w [BN, BK] and tokens h [BM, BK] give; SWAP: rows are those of the matrix unit, acc [BN, BM]."""
-    if SWAP:
-        return tl.dot(w, tl.trans(h), acc, input_precision="ieee")
-    else:
-        return tl.dot(h, tl.trans(w), acc, input_precision="ieee")
-
-
-@triton.jit
 def product(
     x, inverse, weight, row, first, M, begin,
     N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, ROUND: tl.constexpr, TMA: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] times weight [N, K], SPAN inputs from `begin` on: f32 [BM, BN]. By descriptor BK must divide a SPAN below K."""
-    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
+    """x [M, K] times weight [N, K], SPAN inputs from `begin` on: f32 [BM, BN]. By descriptor BK must divide a SPAN below K.
+
+    Weight rows are the rows of the matrix unit, which has at least 64.
+    """
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k in range(0, SPAN, BK):
         w, h = operands(x, inverse, weight, row, first, begin + k, begin + SPAN, M, N, K, ROUND, TMA, BN, BK, BM)
-        acc = dot(w, h, acc, SWAP)
-    return tl.trans(acc) if SWAP else acc
+        acc = tl.dot(w, tl.trans(h), acc, input_precision="ieee")
+    return tl.trans(acc)
 
 
 @triton.jit(do_not_specialize=["M", "extra"])
 def linear_kernel(
     x, x_scale, weight, weight_scale, extra, M, LARGEST: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, S: tl.constexpr, INPUT: tl.constexpr, USE: tl.constexpr,
-    TMA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times weight [N, K] with scale a row for e4m3, in turns of BK inputs; see `operands` for what x and weight are.
 
@@ -237,9 +231,7 @@ def linear_kernel(
         scale *= tl.load(x_scale)
     if USE == "add" and S == 1:  # asked for before the product, whose time hides it
         total = pending_sum(extra[0], extra[1], at, mask, M, N, P)
-    acc = product(
-        x, 1.0 / scale, weight, row, first, M, part * span, N, K, span, INPUT == "dynamic", TMA, BN, BK, BM, SWAP
-    )
+    acc = product(x, 1.0 / scale, weight, row, first, M, part * span, N, K, span, INPUT == "dynamic", TMA, BN, BK, BM)
     if INPUT != "plain":
         acc *= scale[:, None] * row_scale[None, :]
     if USE == "store":

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.linear import product, store_swiglu, to_fp8, token_scale
+from specdec.kernels.gpu.linear import TOKENS, product, store_swiglu, to_fp8, token_scale
 from specdec.kernels.gpu.norm import add_norm_kernel
 from specdec.kernels.gpu.pdl import wait
 from specdec.kernels.gpu.table import Tile, tile
@@ -67,7 +67,7 @@ def expert_gate_up_kernel(
     x, x_scale, logits, forced, weight, weight_scale, out, largest, next_scale, shared_next, M,
     N: tl.constexpr, K: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
     QUANTISED: tl.constexpr, STATIC: tl.constexpr, FORCED: tl.constexpr, TMA: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """silu(score * gate) * score * up of rows that alternate: out [2, M, N / 2], routed first; see `store_swiglu`.
 
@@ -97,7 +97,7 @@ def expert_gate_up_kernel(
             mine = mine & (chosen == own)
             earlier += tl.sum((mine & (tokens < slot - 1)).to(tl.int32), 0)
         if (earlier == 0) & (tl.sum(mine.to(tl.int32), 0) > 0):
-            acc = own_product(x, one, weight, own, row, begin, first, M, N, K, False, TMA, BN, BK, BM, SWAP)
+            acc = own_product(x, one, weight, own, row, begin, first, M, N, K, False, TMA, BN, BK, BM)
             if (slot == 0) & (first == 0):
                 wait(PDL)
             if QUANTISED:
@@ -116,17 +116,17 @@ def expert_gate_up_kernel(
 def own_product(
     x, inverse, weight, own, row, begin, first, M,
     N: tl.constexpr, K: tl.constexpr, ROUND: tl.constexpr, TMA: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """`product` of x [2, M, K], whose rows count from `begin` on, with expert `own` of weight [X + 1, N, K]."""
     if TMA and not ROUND:  # rows of both halves and of all experts are counted through
-        return product(x, inverse, weight, own * N + row, begin + first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM, SWAP)
+        return product(x, inverse, weight, own * N + row, begin + first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM)
     elif TMA:
         some = x + begin * K
-        return product(some, inverse, weight, own * N + row, first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM, SWAP)
+        return product(some, inverse, weight, own * N + row, first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM)
     else:
         some, matrix = x + begin * K, weight + own.to(tl.int64) * (N * K)
-        return product(some, inverse, matrix, row, first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM, SWAP)
+        return product(some, inverse, matrix, row, first, M, 0, N, K, K, ROUND, TMA, BN, BK, BM)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -134,7 +134,7 @@ def expert_down_kernel(
     x, largest, logits, forced, input_scale, shared_input_scale, weight, weight_scale, out, M,
     N: tl.constexpr, K: tl.constexpr, X: tl.constexpr, XP: tl.constexpr,
     INPUT: tl.constexpr, FORCED: tl.constexpr, LARGEST: tl.constexpr, TMA: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [2, M, K] times weight [X + 1, N, K] of each token's expert and of the shared one: out f32 [2, M, N] partial sums.
 
@@ -168,7 +168,7 @@ def expert_down_kernel(
             if INPUT == "static":
                 scale *= tl.load(input_scale)
             rounded: tl.constexpr = INPUT == "dynamic"
-            acc = own_product(x, 1.0 / scale, weight, own, row, half, first, M, N, K, rounded, TMA, BN, BK, BM, SWAP)
+            acc = own_product(x, 1.0 / scale, weight, own, row, half, first, M, N, K, rounded, TMA, BN, BK, BM)
             if INPUT != "plain":
                 acc *= scale[:, None] * row_scale[None, :]
             at = (half + tokens)[:, None] * N + rows[None, :]
@@ -238,8 +238,8 @@ def _append(routed: Weight, shared: Weight) -> tuple[Weight, Weight]:
 
 def _operands(x: Tensor, weight: Weight, t: Tile, rounded: bool) -> tuple[Any, Any, dict[str, Any]]:
     """x, the weight and the tile as the kernels take them: by descriptor where both are aligned. rounded: x in the kernel."""
-    options = {"BN": t.BN, "BK": t.BK, "BM": t.tokens, "SWAP": t.swap}
-    matrix, inputs = descriptor(data(weight), t.BN, t.BK), descriptor(x, t.tokens, t.BK)
+    options = {"BN": t.BN, "BK": t.BK, "BM": TOKENS}
+    matrix, inputs = descriptor(data(weight), t.BN, t.BK), descriptor(x, TOKENS, t.BK)
     if inputs is None or matrix is None:
         return x, data(weight), {**options, "TMA": False}
     return x if rounded else inputs, matrix, {**options, "TMA": True}

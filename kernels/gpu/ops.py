@@ -277,12 +277,12 @@ class Ops:
             parts = scale.shape[1]
         whole = t.splits == 1 or k // t.splits % t.BK == 0
         matrix = descriptor(data(weight), t.BN, t.BK) if whole else None
-        inputs = x if matrix is None or mode == "dynamic" else descriptor(x, t.tokens, t.BK)
-        linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, t.tokens))](
+        inputs = x if matrix is None or mode == "dynamic" else descriptor(x, TOKENS, t.BK)
+        linear_kernel[(triton.cdiv(n, t.BN), t.splits, triton.cdiv(m, TOKENS))](
             x if inputs is None else inputs, x if scale is None else scale, data(weight) if matrix is None else matrix,
             row_scale(weight), extra, m, LARGEST=parts,
             N=n, K=k, P=count, S=t.splits, INPUT=mode, USE=use, TMA=matrix is not None,
-            BN=t.BN, BK=t.BK, BM=t.tokens, SWAP=t.swap, **self.launch(t),
+            BN=t.BN, BK=t.BK, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
 
     def _long(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:

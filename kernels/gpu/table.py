@@ -11,34 +11,24 @@ BLOCK = 512  # bytes of a row in a block: fewer turns for the same weights, whos
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """BN weight rows by BK inputs a turn, K in `splits` parts; warps and pipeline stages of the program.
-
-    swap: weight rows are the rows of the matrix unit, which has at least 64, and tokens come by 16; else tokens are, up to 64
-    at once, and BN is free.
-    """
+    """BN weight rows by BK inputs a turn, K in `splits` parts; warps and pipeline stages of the program."""
 
     BN: int
     BK: int
     splits: int = 1
     warps: int = 4
     stages: int = 4
-    swap: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Of a program."""
-        return 16 if self.swap else 64
 
 
 TUNED: dict[tuple[str, int, int, int], Tile] = {  # (kind, N, K, bytes a weight) -> tile
     # one rank of eight of Llama 4 Maverick, on an H200
-    ("qkv", 896, 5120, 1): Tile(64, 512, 5, stages=3, swap=True),
-    ("add", 5120, 640, 1): Tile(64, 128, stages=6, swap=True),
-    ("norm", 4096, 5120, 1): Tile(64, 512, stages=5, swap=True),
-    ("add", 5120, 2048, 1): Tile(64, 512, stages=4, swap=True),
-    ("norm", 25256, 5120, 2): Tile(64, 256, stages=4, swap=True),
-    ("expert_gate_up", 2048, 5120, 1): Tile(64, 256, stages=5, swap=True),
-    ("expert_down", 5120, 1024, 1): Tile(64, 512, stages=2, swap=True),
+    ("qkv", 896, 5120, 1): Tile(64, 512, 5, stages=3),
+    ("add", 5120, 640, 1): Tile(64, 128, stages=6),
+    ("norm", 4096, 5120, 1): Tile(64, 512, stages=5),
+    ("add", 5120, 2048, 1): Tile(64, 512, stages=4),
+    ("norm", 25256, 5120, 2): Tile(64, 256, stages=4),
+    ("expert_gate_up", 2048, 5120, 1): Tile(64, 256, stages=5),
+    ("expert_down", 5120, 1024, 1): Tile(64, 512, stages=2),
 }
 
 
@@ -56,4 +46,4 @@ def tile(kind: str, n: int, k: int, width: int) -> Tile:
     splits = 1
     while kind in ("qkv", "add") and n // 64 * splits < PROGRAMS and k % (2 * splits * inputs) == 0 and splits < 8:
         splits *= 2
-    return Tile(64, inputs, splits, stages=4, swap=True)
+    return Tile(64, inputs, splits, stages=4)

@@ -58,10 +58,13 @@ class KVCache:
         start = lengths[:, None]
         source, target = (start + node).long(), (start + step).long()
         rows = torch.arange(batch, device=path.device)[:, None]
-        self.values[:, rows, :, target] = self.values[:, rows, :, source]
+        keys, values = (
+            x.view(torch.uint8) if x.element_size() == 1 else x for x in (self.keys, self.values)
+        )  # bits move
+        values[:, rows, :, target] = values[:, rows, :, source]
         if self.key_block == 1:
-            self.keys[:, rows, :, target] = self.keys[:, rows, :, source]
+            keys[:, rows, :, target] = keys[:, rows, :, source]
             return
         block = self.key_block
-        moved = self.keys[:, rows, :, source // block, :, source % block]
-        self.keys[:, rows, :, target // block, :, target % block] = moved
+        moved = keys[:, rows, :, source // block, :, source % block]
+        keys[:, rows, :, target // block, :, target % block] = moved

@@ -27,7 +27,7 @@ class Llama:
     With the native backend a token's logits do not depend on what shares its forward: chain or tree, any batch row, any
     number of tokens. quantize: "auto" as the checkpoint is, "fp8" while loading, "none" multiplied out. weights: "checkpoint",
     or "random" of the checkpoint's or a preset's sizes. Processes that torchrun started share one model; shard: "0/8" is the
-    part of rank 0 of 8, by itself, and "0/1" the whole model in every process.
+    part of rank 0 of 8, by itself, and "0/1" the whole model in every process. kv_dtype: of the cache, "auto" or "fp8".
     """
 
     def __init__(
@@ -43,11 +43,13 @@ class Llama:
         shard: str | None = None,
         preset: str | None = None,
         seed: int = 0,
+        kv_dtype: str = "auto",
     ) -> None:
         part = None if shard is None else parse_shard(shard)
         source = open_source(checkpoint, preset, quantize, weights)
         options = dtype, device, backend, prefill_chunk, threads
-        self._build(source.config, source.tensors, *options, quantized=source.quantized, shard=part, seed=seed)
+        more: dict[str, Any] = {"quantized": source.quantized, "shard": part, "seed": seed, "kv_dtype": kv_dtype}
+        self._build(source.config, source.tensors, *options, **more)
         self.checkpoint: Path | None = source.folder
         self.tokenizer: Any = None if source.folder is None else load_tokenizer(source.folder)
 
@@ -64,6 +66,7 @@ class Llama:
         quantized: bool = False,
         shard: Shard | None = None,
         seed: int = 0,
+        kv_dtype: str = "auto",
     ) -> None:
         """tensors None = random ones; shard None = this process's among those started together."""
         if dtype not in DTYPES:
@@ -81,6 +84,7 @@ class Llama:
         special = quantized or self.shard.world > 1
         self.backend = choose_backend(backend, self.device, config, special, self.ranks is not None)
         self.graphable = self.device.type == "cuda"
+        self._kv_dtype = choose_kv_dtype(kv_dtype, DTYPES[dtype], self.backend, self.device)
         self.prefill_chunk = prefill_chunk
         model = make_model(config, tensors, DTYPES[dtype], self.device, quantized, self.shard, seed)
         self.embed = model.model.embed_tokens.weight.data
@@ -119,7 +123,7 @@ class Llama:
         slots = max_len + num_nodes
         if self.cache is None or self.cache.keys.shape[1] != batch_size or self.cache.slots < slots:
             slots = slots + -slots % 256 if self.device.type == "cpu" else max(1024, 1 << (slots - 1).bit_length())
-            block, ranks, dtype = self.model.ops.KEY_BLOCK, self.shard.world, self.model.dtype
+            block, ranks, dtype = self.model.ops.KEY_BLOCK, self.shard.world, self._kv_dtype
             self.cache = None
             check_cache(self.config, self.shard, dtype, batch_size * slots, self.device)
             self.cache = KVCache(self.config, batch_size, slots, dtype, self.device, block, ranks)
@@ -225,6 +229,19 @@ def choose_backend(
     if backend == "native" and misfit:
         raise ValueError(f"target.backend=native {misfit}: use target.backend=torch")
     return "torch" if backend == "torch" or misfit else "native"
+
+
+def choose_kv_dtype(kv_dtype: str, dtype: torch.dtype, backend: str, device: torch.device) -> torch.dtype:
+    """The cache's: the model's own, or e4m3 without scales, which the GPU's kernels alone read."""
+    if kv_dtype not in ("auto", "fp8"):
+        raise ValueError(f"target.kv_dtype={kv_dtype} is unknown; choose auto or fp8")
+    if kv_dtype == "auto":
+        return dtype
+    if backend != "native" or device.type != "cuda":
+        raise ValueError(
+            f"target.kv_dtype=fp8 needs the kernels of a GPU, and this target has backend {backend} on {device.type}: use auto"
+        )
+    return reference.FP8
 
 
 def _misfit(device: torch.device, config: ModelConfig, special: bool) -> str:
