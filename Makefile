@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Where to take torch from, e.g. PyTorch's own index of CPU or CUDA builds (pytorch.org lists them); empty: pip's default.
 TORCH_INDEX ?=
 # Drafters that the demo compares with plain decoding.
-DRAFTERS ?= ngram,suffix,token_recycling
+DRAFTERS ?= ngram,suffix,token_recycling,eagle3
 # More KEY=VALUE for the demo and the benchmark.
 EXTRA ?=
 
