@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Llama:
-    """Implements `specdec.target.Target`. backend: "native" (compiled CPU kernels), "torch", or "auto".
+    """Implements `specdec.target.Target`. backend: "native" (compiled kernels), "torch", or "auto".
 
     With the native backend a token's logits do not depend on what shares its forward: chain or tree, any batch row, any
     number of tokens. quantize: "auto" as the checkpoint is, "fp8" while loading, "none" multiplied out. weights: "checkpoint",
