@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from specdec.nn import ModelConfig
-from specdec.target.llama import DTYPES
+from specdec.target.backends import DTYPES
 from specdec.types import DraftTree
 
 TOKENS = (1, 2, 4, 6, 8, 12, 16, 32, 64)

@@ -364,9 +364,23 @@ def test_sampling_values(values: dict[str, Any], words: str) -> None:
         SamplingParams(**values)
 
 
+def test_waiting_prompts_begin_together(toy: Toy, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """refill=2 of 3 rows: the fourth and fifth wait for one another; the texts are what they were."""
+    begun: list[int] = []
+    prefill = toy.prefill
+    monkeypatch.setattr(toy, "prefill", lambda tokens, n: (begun.append(int((n > 0).sum())), prefill(tokens, n))[1])
+    for refill, wanted in ((1, [3, 1, 1]), (2, [3, 2])):
+        begun.clear()
+        drafted = SpeculativeDecoder(toy, NGram(), TargetOnly(), batch_size=3, refill=refill)
+        assert drafted.generate(PROMPTS, 24, ignore_eos=True).tokens == plain
+        assert begun == wanted
+
+
 def test_a_decoder_that_cannot_be(toy: Toy) -> None:
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         decoder(toy, batch=0)
+    with pytest.raises(ValueError, match="refill=0 must be at least 1"):
+        SpeculativeDecoder(toy, NoDraft(), TargetOnly(), refill=0)
     tree = SmallModel(model=toy, structure=[2, 2])
     with pytest.raises(
         ValueError, match=r"Block judges chains only, and SmallModel proposes trees \(6 drafts, depth 2\)"

@@ -14,7 +14,8 @@ from specdec.decoding import SpeculativeDecoder
 from specdec.drafter.none import NoDraft
 from specdec.drafter.small_model import SmallModel
 from specdec.nn import ModelConfig
-from specdec.target.llama import DTYPES, Llama
+from specdec.target.backends import DTYPES
+from specdec.target.llama import Llama
 from specdec.target.toy import Toy, as_llama4, random_tensors
 from specdec.testing import Replay
 from specdec.types import Acceptance, DraftTree
@@ -89,6 +90,24 @@ def start(target: Llama, rows: list[Tensor], nodes: int) -> Tensor:
     tokens = torch.stack([torch.cat([row, row.new_zeros(width - len(row))]) for row in rows])
     target.allocate(len(rows), LENGTH, nodes)
     return target.prefill(tokens, torch.tensor([len(row) for row in rows], dtype=torch.int32)).logits[:, 0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_prompts_that_share_a_forward(name: str) -> None:
+    """Short prompts read together, up to 256 tokens, and what is decoded behind them: as if each were alone."""
+    target, (text, logits) = shared(name), known(name)
+    lengths = [40, 3, 64, 1, 17, 110, 33, 200, 21]
+    try:
+        target.prefill_chunk = 256
+        first = start(target, [text[:length] for length in lengths], 4)
+        assert max(map(len, target._shares(lengths))) > 2
+    finally:
+        target.prefill_chunk = 32
+    following = target.verify(chain(torch.stack([text[length : length + 4] for length in lengths]))).logits
+    for row, length in enumerate(lengths):
+        assert torch.equal(first[row], logits[length - 1]), length
+        assert torch.equal(following[row], logits[length : length + 4]), length
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -13,11 +13,14 @@ from parity import (
     TOLERANCE,
     check_prefill,
     check_taps,
+    check_verify,
     error,
     llama_config,
     plain_logits,
     plain_states,
+    prefill,
     random_text,
+    random_tree,
     save_model,
     start,
 )
@@ -63,6 +66,23 @@ def test_agrees_with_transformers(target: Llama, saved: tuple[Path, Any], scenar
 
 def test_taps(target: Llama, saved: tuple[Path, Any]) -> None:
     check_taps(target, saved[1], saved[1].model.norm)
+
+
+@torch.no_grad()
+def test_prompts_that_share_a_forward(saved: tuple[Path, Any]) -> None:
+    """As on a GPU: short prompts in one padded forward, the long one by itself; rows in use stay as they are."""
+    target = Llama(saved[0], dtype="float32", device="cpu", backend="torch", prefill_chunk=32)
+    assert not target.shares_prompts
+    target.shares_prompts = True
+    assert target._shares([9, 0, 40, 7, 3, 12]) == [[4, 3, 0], [5], [2]]
+    kept, texts = random_text(20, 1), [random_text(length, length) for length in (9, 40, 7, 3)]
+    start(target, [kept, [], [], [], []], [1])
+    output = prefill(target, [[], *texts])
+    for row, text in enumerate(texts, 1):
+        assert error(output.logits[row, 0], plain_logits(saved[1], text)[-1]) < TOLERANCE
+        assert error(output.features[row, : len(text)], plain_states(saved[1], text)[2]) < TOLERANCE
+        assert not output.features[row, len(text) :].any()
+    check_verify(target, saved[1], [kept, *texts], random_tree(5, 2))
 
 
 def test_attributes(target: Llama, saved: tuple[Path, Any]) -> None:

@@ -39,14 +39,17 @@ class SpeculativeDecoder:
         sampling: SamplingParams | None = None,
         batch_size: int = 1,
         use_graphs: bool = True,
+        refill: int = 1,
     ) -> None:
+        """refill: rows that must have ended before waiting prompts begin: more of them share a forward, some wait longer."""
         check_pair(drafter, verifier)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if batch_size < 1 or refill < 1:
+            name, value = ("refill", refill) if batch_size >= 1 else ("batch_size", batch_size)
+            raise ValueError(f"{name}={value} must be at least 1")
         self.target, self.drafter, self.verifier = target, drafter, verifier
         self.sampling = sampling or SamplingParams()
         self.batch_size = batch_size
-        self.use_graphs = use_graphs
+        self.use_graphs, self.refill = use_graphs, refill
         self.state: DecodeState | None = None
         self._lengths: Tensor | None = None  # the target's, as this decoder left them
         self.record: Tensor | None = None  # what the last step did, on the device
@@ -202,7 +205,7 @@ class SpeculativeDecoder:
                     "another generate or stream began on this target before this one ended: let one finish first"
                 )
             free = [row for row in range(batch) if owner[row] is None]
-            if waiting and free:
+            if waiting and len(free) >= min(self.refill, batch, len(waiting)):
                 yield from self._begin(waiting, free, owner, traces, max_new_tokens)
                 reader.restart()
                 continue

@@ -47,6 +47,23 @@ class KVCache:
         view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
         return view
 
+    def like(self, batch_size: int, slots: int) -> KVCache:
+        """An empty one of other rows and slots."""
+        assert self.key_block == 1
+        other = object.__new__(KVCache)
+        other.key_block = 1
+        layers, _, groups, _, size = self.values.shape
+        other.keys, other.values = (
+            x.new_zeros(layers, batch_size, groups, slots, size) for x in (self.keys, self.values)
+        )
+        return other
+
+    def put(self, rows: list[int], other: KVCache) -> None:
+        """Copy the rows of another cache into these rows, as many slots as it has."""
+        index = torch.tensor(rows, device=self.values.device)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            _bits(mine)[:, index, :, : other.slots] = _bits(theirs)
+
     def keep_path(self, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
         """Move the nodes of an accepted path behind the prefix, in order. lengths [B], path int32 [B, D+1].
 
@@ -58,9 +75,7 @@ class KVCache:
         start = lengths[:, None]
         source, target = (start + node).long(), (start + step).long()
         rows = torch.arange(batch, device=path.device)[:, None]
-        keys, values = (
-            x.view(torch.uint8) if x.element_size() == 1 else x for x in (self.keys, self.values)
-        )  # bits move
+        keys, values = _bits(self.keys), _bits(self.values)
         values[:, rows, :, target] = values[:, rows, :, source]
         if self.key_block == 1:
             keys[:, rows, :, target] = keys[:, rows, :, source]
@@ -68,3 +83,8 @@ class KVCache:
         block = self.key_block
         moved = keys[:, rows, :, source // block, :, source % block]
         keys[:, rows, :, target // block, :, target % block] = moved
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory in a dtype that indexing knows, which e4m3 is not."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x

@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from specdec.kernels import reference
 from specdec.target._huggingface import SlotCache, Taps
-from specdec.target.llama import DTYPES, choose_device, load_tokenizer
+from specdec.target.backends import DTYPES, choose_device
+from specdec.target.llama import load_tokenizer
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput
 from specdec.weights import checkpoint as checkpoints
 

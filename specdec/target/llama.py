@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels import reference
 from specdec.nn import KVCache, ModelConfig, Shard
+from specdec.target.backends import DTYPES, choose_backend, choose_device, choose_kv_dtype, operations
 from specdec.target.loading import make_model, open_source, parse_shard
 from specdec.target.memory import check_cache
-from specdec.target.ranks import Ranks, join
+from specdec.target.ranks import join
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary
 from specdec.weights.checkpoint import Named
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Llama:
@@ -84,6 +82,7 @@ class Llama:
         special = quantized or self.shard.world > 1
         self.backend = choose_backend(backend, self.device, config, special, self.ranks is not None)
         self.graphable = self.device.type == "cuda"
+        self.shares_prompts = self.graphable and self.backend == "native"  # else it shows in the bits or gains nothing
         self._kv_dtype = choose_kv_dtype(kv_dtype, DTYPES[dtype], self.backend, self.device)
         self.prefill_chunk = prefill_chunk
         model = make_model(config, tensors, DTYPES[dtype], self.device, quantized, self.shard, seed)
@@ -133,30 +132,68 @@ class Llama:
         self.features = tuple(features)
 
     def prefill(self, tokens: Tensor, lengths: Tensor) -> ModelOutput:
-        """Rows one at a time, in chunks aligned to absolute positions."""
+        """Prompts in chunks aligned to absolute positions; short ones share a forward where that leaves their bits alone."""
         assert self.cache is not None
         batch, width = tokens.shape
         size = self.config.hidden_size
         last = torch.zeros(batch, size, device=self.device)
         taps = len(self.features) * size
         features = torch.zeros(batch, width, taps, dtype=self.model.dtype, device=self.device) if taps else None
-        for row, length in enumerate(lengths.tolist()):
-            if length == 0:
-                continue
-            cache = self.cache.row(row)
-            for start in range(0, length, self.prefill_chunk):
-                stop = min(start + self.prefill_chunk, length)
-                positions = torch.arange(start, stop, dtype=torch.int32, device=self.device)[None]
-                prefix = torch.full((1,), start, dtype=torch.int32, device=self.device)
-                inputs = ModelInputs(tokens[row : row + 1, start:stop], positions, prefix)
-                x, tapped = self.model(inputs, cache, self.features)
-                if features is not None:
-                    features[row, start:stop] = tapped
-            self.model.ops.flush(x)
-            last[row] = x[-1]
+        sizes: list[int] = lengths.tolist()
+        for rows in self._shares(sizes):
+            if len(rows) == 1:
+                last[rows[0]] = self._prefill_row(tokens, rows[0], sizes[rows[0]], features)
+            else:
+                last[rows] = self._prefill_rows(tokens, rows, lengths[rows], features)
         filled = lengths.to(self.device, torch.int32)
         self.lengths = torch.where(filled > 0, filled, self.lengths)
         return ModelOutput(self.model.logits(last)[:, None], features, self._vocabulary).whole()
+
+    def _shares(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Rows that are read in one forward: as many as fill prefill_chunk, padded to the longest of them."""
+        if not self.shares_prompts:
+            return [[row] for row, length in enumerate(sizes) if length]
+        shares: list[list[int]] = []
+        for row in sorted((row for row, length in enumerate(sizes) if length), key=lambda row: sizes[row]):
+            if shares and (len(shares[-1]) + 1) * sizes[row] <= self.prefill_chunk:
+                shares[-1].append(row)
+            else:
+                shares.append([row])
+        return shares
+
+    def _prefill_row(self, tokens: Tensor, row: int, length: int, features: Tensor | None) -> Tensor:
+        """One prompt, chunk by chunk, into the cache and its features; the stream behind its last token [1, H]."""
+        assert self.cache is not None
+        cache = self.cache.row(row)
+        for start in range(0, length, self.prefill_chunk):
+            stop = min(start + self.prefill_chunk, length)
+            positions = torch.arange(start, stop, dtype=torch.int32, device=self.device)[None]
+            prefix = torch.full((1,), start, dtype=torch.int32, device=self.device)
+            x, tapped = self.model(
+                ModelInputs(tokens[row : row + 1, start:stop], positions, prefix), cache, self.features
+            )
+            if features is not None:
+                features[row, start:stop] = tapped
+        self.model.ops.flush(x)
+        ends: Tensor = x[-1:]
+        return ends
+
+    def _prefill_rows(self, tokens: Tensor, rows: list[int], lengths: Tensor, features: Tensor | None) -> Tensor:
+        """Several prompts in one forward over a cache of their own, which is then copied; their streams [rows, H]."""
+        assert self.cache is not None
+        width, count = int(lengths.max()), len(rows)
+        held = self.cache.like(count, width)
+        positions = torch.arange(width, dtype=torch.int32, device=self.device).repeat(count, 1)
+        prefix = torch.zeros(count, dtype=torch.int32, device=self.device)
+        x, tapped = self.model(ModelInputs(tokens[rows, :width], positions, prefix), held, self.features)
+        self.model.ops.flush(x)
+        self.cache.put(rows, held)
+        if features is not None:
+            inside = positions < lengths.to(self.device)[:, None]
+            features[rows, :width] = tapped.view(count, width, -1) * inside[..., None]
+        at = torch.arange(count, device=self.device), lengths.to(self.device).long() - 1
+        ends: Tensor = x.view(count, width, -1)[at]
+        return ends
 
     def read(self, tokens: Tensor, lengths: Tensor, features: Sequence[int | str]) -> Tensor:
         """Features [B, T, F*H] of whole texts in one forward, 0 behind a row's length. It takes the cache.
@@ -204,79 +241,6 @@ class Llama:
         if self.ranks is None:
             return None
         return Vocabulary(self.ranks.rank * self.config.vocab_size // self.ranks.world, self.ranks.gather)
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" is the GPU where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"target.device={device}, but torch {torch.__version__} finds no GPU: use target.device=cpu")
-    return torch.device(device)
-
-
-def choose_backend(
-    backend: str, device: torch.device, config: ModelConfig, special: bool = False, shared: bool = False
-) -> str:
-    """ "auto" is native where model and device allow it, torch elsewhere; asking for native must be possible.
-
-    special: FP8, or one rank's part. shared: several processes add up what they compute.
-    """
-    if backend not in ("auto", "native", "torch"):
-        raise ValueError(f"target.backend={backend} is unknown; choose auto, native or torch")
-    alone = shared and device.type == "cpu"
-    misfit = "computes in one process on the CPU" if alone else _misfit(device, config, special)
-    if backend == "native" and misfit:
-        raise ValueError(f"target.backend=native {misfit}: use target.backend=torch")
-    return "torch" if backend == "torch" or misfit else "native"
-
-
-def choose_kv_dtype(kv_dtype: str, dtype: torch.dtype, backend: str, device: torch.device) -> torch.dtype:
-    """The cache's: the model's own, or e4m3 without scales, which the GPU's kernels alone read."""
-    if kv_dtype not in ("auto", "fp8"):
-        raise ValueError(f"target.kv_dtype={kv_dtype} is unknown; choose auto or fp8")
-    if kv_dtype == "auto":
-        return dtype
-    if backend != "native" or device.type != "cuda":
-        raise ValueError(
-            f"target.kv_dtype=fp8 needs the kernels of a GPU, and this target has backend {backend} on {device.type}: use auto"
-        )
-    return reference.FP8
-
-
-def _misfit(device: torch.device, config: ModelConfig, special: bool) -> str:
-    """What the kernels need and do not find, or nothing."""
-    share = config.num_heads // config.num_kv_heads
-    if device.type == "cpu":
-        sizes = config.head_dim, config.hidden_size, config.intermediate_size
-        if sizes[0] % 32 or sizes[1] % 16 or sizes[2] % 16:
-            return f"needs head_dim a multiple of 32, hidden and intermediate sizes of 16 on the CPU; got {sizes}"
-        if not config.plain:
-            return f"computes plain Llama layers on the CPU, not {config.model_type}"
-        if special:
-            return "computes whole models on the CPU, and not in FP8"
-        return ""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"needs a GPU of compute capability 8.0 or later; got {torch.cuda.get_device_capability(device)}"
-    if config.head_dim not in (32, 64, 128, 256) or share > 16:
-        return (
-            f"needs head_dim 32, 64, 128 or 256 and at most 16 query heads a KV head; got {config.head_dim} and {share}"
-        )
-    return ""
-
-
-def operations(backend: str, device: torch.device, ranks: Ranks | None = None) -> Any:
-    """What computes behind a backend's name; compiled kernels are imported only when asked for."""
-    if backend == "torch":
-        return reference if ranks is None else reference.Parallel(ranks.sum)
-    if device.type == "cuda":
-        from specdec.kernels.gpu.ops import Ops
-        from specdec.kernels.gpu.parallel import ParallelOps
-
-        return Ops(device) if ranks is None else ParallelOps(device, ranks.gather)
-    from specdec.kernels.cpu import ops
-
-    return ops
 
 
 def load_tokenizer(folder: Path) -> Any:

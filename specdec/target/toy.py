@@ -11,7 +11,8 @@ from torch import Tensor
 
 from specdec.kernels.reference import FP8, quantize
 from specdec.nn import DecoderModel, ModelConfig
-from specdec.target.llama import DTYPES, Llama
+from specdec.target.backends import DTYPES
+from specdec.target.llama import Llama
 
 FAMILIES = ("llama", "qwen3", "llama4")
 

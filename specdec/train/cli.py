@@ -17,7 +17,7 @@ from torch import Tensor
 from specdec import composition, report
 from specdec.experiment import Job
 from specdec.target import Target, ranks
-from specdec.target.llama import choose_device
+from specdec.target.backends import choose_device
 from specdec.tracking.run_folder import RunFolder
 from specdec.train import shards
 from specdec.train.corpus import Corpus

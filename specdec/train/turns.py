@@ -49,7 +49,7 @@ class Writer:
             return []
         if sampling not in self._decoders:
             rest = self.target, self.drafter, exact_verifier(), sampling, self.batch_size
-            self._decoders[sampling] = SpeculativeDecoder(*rest)
+            self._decoders[sampling] = SpeculativeDecoder(*rest, refill=-(-self.batch_size // 8))
         result = self._decoders[sampling].generate(prompts, limit, seeds, stop)
         return [(trace.tokens, trace.finish == "stop") for trace in result.trace.requests]
 
