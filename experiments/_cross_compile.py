@@ -23,7 +23,7 @@ Kind = str | Sequence[str]  # of a tuple the types of its elements
 
 @dataclass
 class Job:
-    """One kernel for one architecture (90: Hopper, 100: Blackwell)."""
+    """One kernel for one architecture (86: Ampere, 90: Hopper, 100: Blackwell)."""
 
     module: str
     kernel: str
@@ -100,7 +100,7 @@ def _resources(ptx: str, arch: int) -> tuple[int, int]:
             get_ptxas(arch).path,
             "-v",
             "--fmad=false",
-            f"--gpu-name=sm_{arch}a",
+            f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
             str(path),
             "-o",
             f"{folder}/out",

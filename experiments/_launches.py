@@ -13,7 +13,8 @@ from _cross_compile import Job
 from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from specdec.kernels.gpu import attention, heads, moe, ops
+from specdec.kernels.gpu import attention, heads, moe, norm, ops
+from specdec.kernels.gpu.table import SMALL_BLOCK
 from specdec.nn import DecoderModel, KVCache, ModelConfig, Shard
 from specdec.types import ModelInputs
 
@@ -56,7 +57,7 @@ def noted(arch: int) -> Iterator[list[Job]]:
     """Nothing is launched meanwhile."""
     jobs: list[Job] = []
     with ExitStack() as patches:
-        for module in (ops, heads, attention, moe):
+        for module in (ops, heads, attention, moe, norm):
             for name, kernel in vars(module).copy().items():
                 if name.endswith("_kernel"):
                     patches.enter_context(patch.object(module, name, Noting(kernel, arch, jobs)))
@@ -74,7 +75,10 @@ def launches(
     """Everything that one forward of two rows launches. static: FP8 inputs have a scale in the checkpoint."""
     nowhere = torch.device("meta")
     operations = ops.Ops(nowhere)
-    operations.pdl, operations.options = True, {"launch_pdl": True}
+    if arch >= 90:
+        operations.pdl, operations.options = True, {"launch_pdl": True}
+    else:
+        operations.block = SMALL_BLOCK
     with noted(arch) as jobs, nowhere:
         model = DecoderModel(config, torch.bfloat16, quantized, shard)
         for module in model.modules():

@@ -17,7 +17,7 @@ from specdec.kernels.gpu.table import tile
 from specdec.nn import ModelConfig
 
 LOOPS = "linear_kernel", "expert_gate_up_kernel", "expert_down_kernel"
-SHARED = 227 * 1024  # bytes a program can have
+SHARED = {86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}  # bytes a program can have
 SMOLLM2 = ModelConfig(49152, 576, 1536, 1, 9, 3, 64, tie_word_embeddings=True)
 LLAMA_8B = ModelConfig(128256, 4096, 14336, 1, 32, 8, 128)
 QWEN3 = ModelConfig(151936, 1024, 3072, 1, 16, 8, 128, model_type="qwen3", qk_norm="weighted")
@@ -43,6 +43,8 @@ def everything() -> list[Job]:
         *select(launches(QWEN3, 90), "rotate_kernel"),
         *select(launches(SCOUT, 90), "rotate_kernel"),
         *select(launches(SCOUT, 90), "attention_kernel"),
+        *launches(SMOLLM2, 86),
+        *select(launches(LLAMA_8B, 86), "linear_kernel"),
     ]
 
 
@@ -74,7 +76,7 @@ def test_every_kernel_of_a_forward_is_compiled(compiled: Compiled) -> None:
     assert all(c["TMA"] for c in found if "TMA" in c)
     assert {c["NORM"] for c in found if "NORM" in c} == {"none", "weighted", "unit"}
     assert {c["TREE"] for c in found if "TREE" in c} == {False, True}
-    assert all(c["PDL"] for c in found)
+    assert all(job.constexprs["PDL"] == (job.arch >= 90) for job, _ in compiled)
 
 
 def test_kernels_fit(compiled: Compiled) -> None:
@@ -84,7 +86,7 @@ def test_kernels_fit(compiled: Compiled) -> None:
         assert f".target sm_{job.arch}" in found.ptx, message
         assert found.spills == 0, message
         assert 0 < found.registers <= min(255, 65536 // (32 * job.options.get("num_warps", 4))), message
-        assert found.shared <= SHARED, message
+        assert found.shared <= SHARED[job.arch], message
 
 
 def test_kernels_overlap_their_predecessor(compiled: Compiled) -> None:
@@ -92,6 +94,9 @@ def test_kernels_overlap_their_predecessor(compiled: Compiled) -> None:
     for job, found in compiled:
         message = describe(job, found)
         waits, triggers = (found.ptx.count(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents"))
+        if job.arch < 90:
+            assert waits == triggers == 0, message
+            continue
         assert waits == triggers > 0, message
         early = found.ptx[: found.ptx.index("griddepcontrol.wait")]
         for what in ("griddepcontrol.launch", "st.global", "atom.global", "red.global"):
@@ -104,7 +109,8 @@ def test_kernels_overlap_their_predecessor(compiled: Compiled) -> None:
 
 def test_products_use_the_matrix_unit_of_their_generation(compiled: Compiled) -> None:
     """Tiles of 64 rows fill its widest instruction; smaller ones take the one that all generations have."""
-    wide = [(job, found) for job, found in compiled if job.kernel in LOOPS and job.constexprs["BN"] >= 64]
+    new = [(job, found) for job, found in compiled if job.arch >= 90]
+    wide = [(job, found) for job, found in new if job.kernel in LOOPS and job.constexprs["BN"] >= 64]
     assert {(job.arch, job.kernel) for job, _ in wide} == set(product((90, 100, 103), LOOPS)), "no tile of 64 rows"
     for job, found in wide:
         assert ("wgmma.mma_async" if job.arch == 90 else "tcgen05.mma") in found.ptx, describe(job, found)
@@ -121,4 +127,4 @@ def test_the_table_gives_tiles_that_fit(kind: str) -> None:
         assert t.BN % 16 == 0, (n, k, width, t)
         assert t.splits == 1 or k // t.splits % t.BK == 0, (n, k, width, t)
         assert t.splits == 1 or kind in ("add", "qkv"), (n, k, width, t)
-        assert kind == "burst" or t.stages * (t.BN + TOKENS) * t.BK * width < SHARED, (n, k, width, t)
+        assert kind == "burst" or t.stages * (t.BN + TOKENS) * t.BK * width < SHARED[90], (n, k, width, t)

@@ -71,7 +71,7 @@ def on(value: Any) -> Any:
 def tiled(t: Tile, burst: bool) -> Iterator[None]:
     """Every product with this tile; with `burst` those that can take their weights in one go, which ends at other shapes."""
 
-    def choose(kind: str, n: int, k: int, width: int) -> Tile:
+    def choose(kind: str, n: int, k: int, width: int, block: int) -> Tile:
         return Tile(t.BN, k, stages=1) if kind == "burst" else t if kind == "add" else Tile(t.BN, t.BK)
 
     with pytest.MonkeyPatch.context() as patch:

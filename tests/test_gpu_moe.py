@@ -35,7 +35,7 @@ if DEVICE.type == "cpu":
 def few_programs() -> Iterator[None]:
     """One tile for most products, because the interpreter is slow."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_moe, "tile", lambda *_: Tile(64, 64))
+        patch.setattr(Ops, "tile", lambda *_: Tile(64, 64))
         yield
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdec.kernels.gpu.linear import TOKENS, product, store_swiglu, to_fp8, token_scale
 from specdec.kernels.gpu.norm import add_norm_kernel
 from specdec.kernels.gpu.pdl import wait
-from specdec.kernels.gpu.table import Tile, tile
+from specdec.kernels.gpu.table import Tile
 from specdec.kernels.gpu.weights import data, descriptor, row_scale, static_scale
 from specdec.kernels.reference import FP8, Experts, Fp8Weight, Weight
 
@@ -193,7 +193,7 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
     rows, static = data(gate_up).shape[1], mode == "static"
     next_scale, shared_next = (static_scale(weight) for weight in (experts.down, experts.shared_down))
     inner = torch.empty((2, m, rows // 2), dtype=FP8 if static else h.dtype, device=x.device)
-    t = tile("expert_gate_up", rows, hidden, data(gate_up).element_size())
+    t = ops.tile("expert_gate_up", gate_up)
     largest = torch.empty((2, m, triton.cdiv(rows, t.BN)), device=x.device)
     forced = logits if experts.forced is None else experts.forced
     constants = {"X": num_experts, "XP": triton.next_power_of_2(num_experts), "FORCED": experts.forced is not None}
@@ -203,7 +203,7 @@ def moe(ops: Any, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None
         inner, largest, largest if next_scale is None else next_scale, largest if shared_next is None else shared_next, m,
         N=rows, K=hidden, QUANTISED=mode != "plain", STATIC=static, **constants, **options, **ops.launch(t),
     )  # fmt: skip
-    t = tile("expert_down", hidden, rows // 2, data(experts.down).element_size())
+    t = ops.tile("expert_down", experts.down)
     inputs, weight, options = _operands(inner, experts.down, t, mode == "dynamic")
     out = torch.empty((2, m, hidden), device=x.device)
     expert_down_kernel[(triton.cdiv(hidden, t.BN), m + 1)](

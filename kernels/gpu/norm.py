@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,3 +97,15 @@ def add_kernel(x, pending, size, stride, P: tl.constexpr, BLOCK: tl.constexpr, P
     for p in tl.static_range(P):
         h += tl.load(pending + p * stride + at, mask, other=0.0)
     tl.store(x + at, h, mask)
+
+
+def embed(tokens: Tensor, table: Tensor, norm: Tensor, options: Mapping[str, Any]) -> Ready:
+    """Rows of the table [V, K] as a stream f32 [M, K], prepared for the norm that it meets first; tokens int64 [M]."""
+    m, k = len(tokens), table.shape[1]
+    x = torch.empty((m, k), device=table.device)
+    ready = Ready(x, norm, torch.empty_like(x, dtype=table.dtype), x.new_empty((m, 1)))
+    embed_kernel[(m,)](
+        tokens, table, norm, x, ready.value, ready.squares, m, K=k, BLOCK=triton.next_power_of_2(k),
+        num_warps=8 if k > 1024 else 4, **options,
+    )  # fmt: skip
+    return ready

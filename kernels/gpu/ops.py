@@ -1,8 +1,7 @@
 """The runtime's operations on Triton kernels: same names and meaning as `kernels.reference`.
 
-Up to TOKENS_EXACT tokens a forward, results do not depend on their number. Longer forwards (prefill) are matrix-bound and go
-to the vendor's products. The residual stream may be behind by the partial sums of the last product; whoever reads it
-elsewhere calls `flush` first.
+Up to TOKENS_EXACT tokens a forward, results do not depend on their number; longer ones (prefill) go to the vendor's products.
+The residual stream may lack the partial sums of the last product; whoever reads it elsewhere calls `flush` first.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from specdec.kernels.gpu.heads import compute_dtype as heads_dtype
 from specdec.kernels.gpu.heads import places, rotate
 from specdec.kernels.gpu.linear import TOKENS, burst_kernel, linear_kernel
 from specdec.kernels.gpu.moe import moe, pack_experts
-from specdec.kernels.gpu.norm import Ready, add_kernel, add_norm_kernel, embed_kernel
-from specdec.kernels.gpu.table import Tile, tile
+from specdec.kernels.gpu.norm import Ready, add_kernel, add_norm_kernel, embed
+from specdec.kernels.gpu.table import BLOCK, SMALL_BLOCK, Tile, tile
 from specdec.kernels.gpu.weights import (
     data,
     descriptor,
@@ -51,6 +50,7 @@ class Ops:
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self.options: dict[str, Any] = {"launch_pdl": True} if hopper else {}
         self.pdl = hopper
+        self.block = BLOCK if hopper or device.type != "cuda" else SMALL_BLOCK
         self.device = device
         self.pending: tuple[Tensor, Tensor] | None = None  # a stream, and what it lacks: f32 [P, M, K]
         self.ready: Ready | None = None
@@ -71,16 +71,10 @@ class Ops:
 
     def embed(self, tokens: Tensor, table: Tensor, norm: Tensor) -> Tensor:
         """Rows of the table [V, K] as the stream f32 [M, K]; tokens int64 [M]. norm: what the stream meets first."""
-        m, k = len(tokens), table.shape[1]
-        if m > TOKENS_EXACT:
+        if len(tokens) > TOKENS_EXACT:
             return table[tokens].float()
-        x = torch.empty((m, k), device=table.device)
-        ready = self.ready = Ready(x, norm, torch.empty_like(x, dtype=table.dtype), x.new_empty((m, 1)))
-        embed_kernel[(m,)](
-            tokens, table, norm, x, ready.value, ready.squares, m, K=k, BLOCK=triton.next_power_of_2(k),
-            num_warps=8 if k > 1024 else 4, **self.launch(),
-        )  # fmt: skip
-        return x
+        self.ready = embed(tokens, table, norm, self.launch())
+        return self.ready.stream
 
     # ---- the stream --------------------------------------------------------------------------------------------------
 
@@ -91,6 +85,11 @@ class Ops:
             size = x.numel()
             add_kernel[(triton.cdiv(size, 1024),)](x, pending, size, size, P=parts, BLOCK=1024, **self.launch())
         self.pending = None
+
+    def tile(self, kind: str, weight: Weight) -> Tile:
+        """How a product of this kind is cut, on this GPU's generation."""
+        *_, n, k = data(weight).shape
+        return tile(kind, n, k, data(weight).element_size(), self.block)
 
     def launch(self, t: Tile | None = None) -> dict[str, Any]:
         """What every kernel of the chain is launched with."""
@@ -120,11 +119,11 @@ class Ops:
             gate, up = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2)).unbind(-1)
             product: Tensor = F.silu(gate) * up
             return product.to(dtype)
-        scale, (n, k), m = static_scale(into), shape(weight), len(x)
+        scale, (n, _), m = static_scale(into), shape(weight), len(x)
         out = torch.empty((m, n // 2), dtype=dtype if scale is None else FP8, device=x.device)
         largest = out
         if isinstance(weight, Fp8Weight) and scale is None:
-            largest = torch.empty((m, triton.cdiv(n, tile("norm", n, k, 1).BN)), device=x.device)
+            largest = torch.empty((m, triton.cdiv(n, self.tile("norm", weight).BN)), device=x.device)
             self.largest = out, largest
         self._norm_product(x, norm, eps, weight, "swiglu", (out, largest, largest if scale is None else scale))
         return out
@@ -148,7 +147,7 @@ class Ops:
         elif burst:
             self._norm_product(x, norm, eps, weight, "heads", where, (heads, groups, size, rule.rope))
         else:
-            parts = torch.empty((tile("qkv", n, k, data(weight).element_size()).splits, m, n), device=x.device)
+            parts = torch.empty((self.tile("qkv", weight).splits, m, n), device=x.device)
             self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
             rotate(self, parts, where, rule, heads, groups)
         scale = static_scale(into) if m <= TOKENS_EXACT else None
@@ -172,13 +171,13 @@ class Ops:
                 self._burst(x, None, weight, 0.0, "add", (residual,))
                 return
             value = torch.empty((m, n), dtype=weight.dtype, device=x.device)
-            programs = triton.cdiv(n, tile("burst", n, k, weight.element_size()).BN)
+            programs = triton.cdiv(n, self.tile("burst", weight).BN)
             squares = torch.empty((m, programs), device=x.device)
             self._burst(x, None, weight, 0.0, "ready", (residual, value, norm, squares))
             self.ready = Ready(residual, norm, value, squares)
             return
         pending, count = self.pending_parts(residual)
-        t = tile("add", n, k, data(weight).element_size())
+        t = self.tile("add", weight)
         out = torch.empty((t.splits, m, n), device=x.device) if t.splits > 1 else residual
         self._linear(x, None, weight, t, "add", (residual, pending, out), count=count)
         self.pending = None
@@ -193,7 +192,7 @@ class Ops:
         self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
         heads: tuple[int, int, int, bool] = NO_HEADS, kind: str = "norm",
     ) -> None:  # fmt: skip
-        (n, k), dtype, scale = shape(weight), reference.compute_dtype(weight), None
+        (_, k), dtype, scale = shape(weight), reference.compute_dtype(weight), None
         burst = weight if isinstance(weight, Tensor) and k <= BURST else None
         if norm is None:
             h = x.to(dtype)
@@ -210,7 +209,7 @@ class Ops:
         if burst is not None:
             self._burst(h, scale, burst, eps, use, extra, heads)
         else:
-            self._linear(h, scale, weight, tile(kind, n, k, data(weight).element_size()), use, extra)
+            self._linear(h, scale, weight, self.tile(kind, weight), use, extra)
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
         ready = Ready(x, norm, torch.empty_like(x, dtype=dtype), x.new_empty((len(x), 1)))
@@ -248,7 +247,7 @@ class Ops:
         heads: tuple[int, int, int, bool] = NO_HEADS,
     ) -> None:  # fmt: skip
         (n, k), m = weight.shape, len(x)
-        t = tile("burst", n, k, weight.element_size())
+        t = self.tile("burst", weight)
         assert use != "heads" or heads[2] % t.BN == 0, "a program's rows are of one head"
         first = max(1 << (k.bit_length() - 1), 16 * t.warps)
         rest = 0 if k <= first else max(triton.next_power_of_2(k - first), 16 * t.warps)

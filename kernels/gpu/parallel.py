@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.gpu.ops import BURST, TOKENS_EXACT, Ops
-from specdec.kernels.gpu.table import tile
-from specdec.kernels.gpu.weights import data, shape, vendor_product
+from specdec.kernels.gpu.weights import shape, vendor_product
 from specdec.kernels.reference import Weight
 
 
@@ -35,7 +34,7 @@ class ParallelOps(Ops):
             self.leave(residual, vendor_product(x, weight)[None])
             return
         burst = isinstance(weight, Tensor) and k <= BURST
-        t = tile("burst" if burst else "add", n, k, data(weight).element_size())
+        t = self.tile("burst" if burst else "add", weight)
         parts = torch.empty((t.splits, m, n), device=x.device)
         if isinstance(weight, Tensor) and burst:
             self._burst(x, None, weight, 0.0, "store", (parts,))

@@ -7,6 +7,7 @@ from functools import cache
 
 PROGRAMS = 64  # that keep the memory busy, where each asks for whole blocks in advance
 BLOCK = 512  # bytes of a row in a block: fewer turns for the same weights, whose overhead is what a program waits for
+SMALL_BLOCK = 128  # where blocks come through registers, below Hopper, and more would be spilled
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,14 @@ TUNED: dict[tuple[str, int, int, int], Tile] = {  # (kind, N, K, bytes a weight)
 
 
 @cache
-def tile(kind: str, n: int, k: int, width: int) -> Tile:
+def tile(kind: str, n: int, k: int, width: int, block: int = BLOCK) -> Tile:
     """kind: "burst" (K in one go); "norm", "expert_gate_up", "expert_down" (in turns, all of K); "qkv", "add" (or a part)."""
-    if found := TUNED.get((kind, n, k, width)):
+    if block == BLOCK and (found := TUNED.get((kind, n, k, width))):
         return found
     if kind == "burst":
         rows = next((rows for rows in (64, 32) if n // rows >= 2 * PROGRAMS), 16)
         return Tile(min(rows, 32), k, warps=4, stages=1) if k <= 1024 else Tile(16, k, warps=8, stages=1)
-    inputs = BLOCK // width
+    inputs = block // width
     while inputs > 32 and inputs > k:
         inputs //= 2
     splits = 1
