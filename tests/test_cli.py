@@ -86,7 +86,7 @@ def test_help_is_worth_reading(specdec: CommandLine) -> None:
     done = specdec("--help")
     assert done.code == 0
     for line in (
-        "drafter: eagle3, hydra, layer_skip, medusa, ngram, none, small_model, suffix, token_recycling",
+        "drafter: eagle, eagle3, hydra, layer_skip, medusa, ngram, none, small_model, suffix, token_recycling",
         "structure: chain, dynamic, paths, regular, sequoia",
         "target: huggingface, llama, maverick, smollm2, toy",
         "verifier: block, rrs, speculative_sampling, target_only, traversal, typical",
@@ -114,7 +114,7 @@ def test_the_examples_of_help_compose(specdec: CommandLine) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["drafter=wrong"], ["drafter=wrong does not exist; there are eagle3, hydra, layer_skip"]),
+        (["drafter=wrong"], ["drafter=wrong does not exist; there are eagle, eagle3, hydra, layer_skip"]),
         (["experiment=wrong"], ["experiment=wrong does not exist; there are demo"]),
         (["drafters=[ngram,wrong]"], ["'wrong'", "eagle3, hydra, layer_skip"]),
         (["sampling.temprature=1"], ["sampling.temprature is not a key", "temperature, top_k, top_p"]),

@@ -1,37 +1,22 @@
-"""EAGLE-3 (Li et al. 2503.01840): a one-layer head drafts from the target's features, with a cache of its own.
-
-Shapes: B rows, n nodes of one level, D depth, F taps, H hidden size, V and W entries of the target's and the draft vocabulary.
-Entry t of a row joins the features of token t with token t + 1 and predicts token t + 2 (see specdec.nn.eagle).
-"""
+"""EAGLE-3 (Li et al. 2503.01840): a one-layer head drafts from the features of several of the target's layers."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from specdec.drafter import Drafter
-from specdec.drafter._eagle_formats import Format, format_of
-from specdec.drafter._head import check_embedding, features_of, find_head, load_head, operations, read_config
-from specdec.nn import EagleConfig, EagleModel, KVCache
-from specdec.structure import RootState, Structure, as_structure
-from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
+from specdec.drafter._eagle import FeatureDrafter, Parsed
+from specdec.drafter._eagle_formats import format_of
+from specdec.drafter._head import check_embedding, load_head, operations
+from specdec.nn import EagleConfig, EagleModel
+from specdec.structure import Structure
 
 __all__ = ["Eagle3"]
 
 
-class Eagle3(Drafter):
-    """Drafts with an EAGLE-3 head; checkpoint: its folder, the name of one that ships, or one on the Hub (`_eagle_formats`).
-
-    Of the features of what a step committed the head makes entries in its cache, behind the earlier ones; drafts go on from
-    the last entry, each from the state of the one before, and their entries are overwritten by the next step's true ones.
-    """
-
-    trained = True
+class Eagle3(FeatureDrafter):
+    """Drafts with an EAGLE-3 head; checkpoint: its folder, the name of one that ships, or one on the Hub (`_eagle_formats`)."""
 
     def __init__(
         self,
@@ -40,90 +25,19 @@ class Eagle3(Drafter):
         structure: Structure | Sequence[int] | None = None,
         prefill_chunk: int = 256,
     ) -> None:
-        if prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
-        self.structure = as_structure(structure, num_draft_tokens)
-        self.folder = find_head(checkpoint)
-        self.config, self.format, self.card = read_config(self.folder, _parse, "EAGLE-3")
+        super().__init__(checkpoint, num_draft_tokens, structure, prefill_chunk, _parse, "EAGLE-3")
         self.features = self.config.feature_layers
-        self.prefill_chunk = prefill_chunk
-        self.laws, self.depth = self.structure.laws, self.structure.depth
-        self.num_draft_tokens = self.structure.num_draft_tokens
-        self._target: Any = None
-        self._cache: KVCache | None = None
-        self._warned = False
 
-    def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
-        if self._target is not target:
-            self._target, self._cache = None, None
-            self.config = self.config.for_target(target.config)
-            self.features = self.config.feature_layers
-            check_embedding(self.folder, target)
-            self.model = load_head(EagleModel, self.config, self.folder, target, self.format.rename)
-            self.model.pack(operations(target, self.config.layer), target.embed)
-            self._target = target
-        self._law = law
-        self.structure.to(target.lengths.device)
-        self._warn(min(max_len, target.config.max_positions))
-        behind = max(self.prefill_chunk, self.depth + 1, self.structure.num_slots)  # what a row writes behind its end
-        slots = max_len + behind
-        slots += -slots % 256
-        cache = self._cache
-        if cache is None or cache.values.shape[1] != batch_size or cache.slots < slots:
-            table, block = self.model.embedding, self.model.ops.KEY_BLOCK
-            self._cache = KVCache(self.config.layer, batch_size, slots, self.model.dtype, table.device, block)
-            self.model.set_positions(slots)
-        self._rope = self.model.cos, self.model.sin  # a captured graph keeps the tables it was captured with
-
-    def _warn(self, positions: int) -> None:
-        """RoPE reaches further than a head was trained for; its guesses may not."""
-        if positions > self.config.layer.max_positions and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the head in {self.folder} was made for {self.config.layer.max_positions} positions, and {positions} are "
-                "asked for: from there on its drafts may be accepted less; shorten prompts or train it on longer text",
-                stacklevel=3,
-            )
-
-    def propose(self, inputs: DraftInputs) -> DraftTree:
-        last = self._read(inputs, features_of(inputs, self._target, self.features))
-        state = RootState(
-            self.model.logits(last)[:, None], last[:, None], self.model.token_ids, self.config.layer.vocab_size
-        )
-        prefix_lens = inputs.lengths - 2  # the last entry stands where the structure expects its root
-        return self.structure.draft(self._forward, inputs.root, prefix_lens, inputs.sampling, self._law, state)
-
-    def _read(self, inputs: DraftInputs, features: Tensor) -> Tensor:
-        """Make entries of the committed tokens; the state of every row's last one, f32 [B, H].
-
-        Rows start together: what follows a row's own entries is garbage that its drafts overwrite.
-        """
-        start = inputs.lengths - 1 - inputs.num_new
-        last = (inputs.num_new - 1).clamp(min=0).long()
-        kept: Tensor | None = None
-        for first in range(0, inputs.max_new, self.prefill_chunk):
-            chunk = features[:, first : first + self.prefill_chunk]
-            count = chunk.shape[1]
-            begin = torch.minimum(start + first, inputs.lengths - 1)  # where a row ended long ago, right behind its end
-            positions = begin[:, None] + torch.arange(count, dtype=begin.dtype, device=begin.device)
-            following = torch.minimum(positions + 1, inputs.lengths[:, None] - 1)
-            entries = ModelInputs(inputs.tokens.gather(1, following.long()), positions, begin)
-            states, _ = self.model(entries, self.model.fuse(chunk.flatten(0, 1)), self._cache, logits=False)
-            hidden = states.view(len(start), count, -1)
-            place = (last - first).clamp(0, count - 1)[:, None, None].expand(-1, -1, hidden.shape[-1])
-            found = hidden.gather(1, place).squeeze(1)
-            kept = found if kept is None else torch.where((last >= first)[:, None], found, kept)
-        assert kept is not None, "a step commits a token"
-        return kept
-
-    def _forward(self, inputs: ModelInputs, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits [B, n, W] and states [B, n, H] of one level, from its parents' states [B, n, H]."""
-        assert hidden is not None
-        states, logits = self.model(inputs, hidden.flatten(0, 1), self._cache)
-        return logits.view(*inputs.tokens.shape, -1), states.view(hidden.shape)
+    def load(self, target: Any) -> EagleModel:
+        self.config = self.config.for_target(target.config)
+        self.features = self.config.feature_layers
+        check_embedding(self.folder, target)
+        model = load_head(EagleModel, self.config, self.folder, target, self.rename)
+        model.pack(operations(target, self.config.layer), target.embed)
+        return model
 
 
-def _parse(config: Mapping[str, Any]) -> tuple[EagleConfig, Format, Mapping[str, Any]]:
-    """A head's config.json, in whichever format it is, and what it says of itself."""
+def _parse(config: Mapping[str, Any]) -> Parsed:
+    """A head's config.json, in whichever format it is."""
     found = format_of(config)
-    return EagleConfig.from_dict(found.translate(config)), found, config.get("specdec", {})
+    return EagleConfig.from_dict(found.translate(config)), found.rename, config.get("specdec", {})

@@ -38,6 +38,64 @@ def default_feature_layers(num_layers: int) -> tuple[int, ...]:
     return (1, num_layers // 2 - 1, num_layers - 4)
 
 
+def read_layer(config: Mapping[str, Any], architecture: str, kind: str) -> tuple[ModelConfig, int]:
+    """The one layer that a head's config.json describes, and the size of its draft vocabulary.
+
+    ValueError names the first thing that no head of this kind ("EAGLE-3") has.
+    """
+    if architecture not in (config.get("architectures") or ()):
+        raise ValueError(f"architectures is {config.get('architectures')}, an {kind} head's is ['{architecture}']")
+    missing = [key for key in _NEEDED if config.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: add what the head was trained with")
+    if config["num_hidden_layers"] != 1:
+        raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']}, an {kind} head has 1")
+    layer = ModelConfig.from_huggingface({**config, "tie_word_embeddings": False})
+    theirs = config.get("target_hidden_size", layer.hidden_size)
+    if theirs != layer.hidden_size:
+        raise ValueError(
+            f"hidden_size is {layer.hidden_size}, target_hidden_size {theirs}: only heads as wide as their target work here"
+        )
+    if not layer.plain:
+        raise ValueError(
+            f"model_type {layer.model_type!r} has layers that are not computed in a head: only Llama's are"
+        )
+    drafts = config.get("draft_vocab_size") or layer.vocab_size
+    if not 0 < drafts <= layer.vocab_size:
+        raise ValueError(f"draft_vocab_size {drafts} must be 1 to vocab_size, {layer.vocab_size}")
+    return layer, drafts
+
+
+def describe_layer(layer: ModelConfig, draft_vocab_size: int) -> dict[str, Any]:
+    """The keys of config.json that `read_layer` reads."""
+    scaling = {} if layer.rope_scaling is None else {"rope_scaling": dict(layer.rope_scaling)}
+    return {
+        "model_type": "llama",
+        "hidden_size": layer.hidden_size,
+        "target_hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": layer.rms_norm_eps,
+        "rope_theta": layer.rope_theta,
+        **scaling,
+        "max_position_embeddings": layer.max_positions,
+        "vocab_size": layer.vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+    }
+
+
+def check_layer(layer: ModelConfig, target: Any, remedy: str) -> None:
+    """ValueError, with the remedy, unless the head was made for a target of this width and vocabulary."""
+    for name in ("hidden_size", "vocab_size"):
+        mine, theirs = getattr(layer, name), getattr(target, name)
+        if mine != theirs:
+            raise ValueError(f"the head is for a target of {name} {mine}, this target's is {theirs}: {remedy}")
+
+
 @dataclass(frozen=True, slots=True)
 class EagleConfig:
     """What a head is: its config.json."""
@@ -57,51 +115,17 @@ class EagleConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> EagleConfig:
         """Read a config.json; ValueError names the first thing that no such head has."""
-        if ARCHITECTURE not in (config.get("architectures") or ()):
-            raise ValueError(f"architectures is {config.get('architectures')}, an EAGLE-3 head's is ['{ARCHITECTURE}']")
-        missing = [key for key in _NEEDED if config.get(key) is None]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}: add what the head was trained with")
-        if config["num_hidden_layers"] != 1:
-            raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']}, an EAGLE-3 head has 1")
-        layer = ModelConfig.from_huggingface({**config, "tie_word_embeddings": False})
-        theirs = config.get("target_hidden_size", layer.hidden_size)
-        if theirs != layer.hidden_size:
-            raise ValueError(
-                f"hidden_size is {layer.hidden_size}, target_hidden_size {theirs}: only heads as wide as their target work here"
-            )
-        if not layer.plain:
-            raise ValueError(
-                f"model_type {layer.model_type!r} has layers that are not computed in a head: only Llama's are"
-            )
-        drafts, taps = config.get("draft_vocab_size") or layer.vocab_size, tuple(config.get("feature_layers") or ())
-        if not 0 < drafts <= layer.vocab_size:
-            raise ValueError(f"draft_vocab_size {drafts} must be 1 to vocab_size, {layer.vocab_size}")
+        layer, drafts = read_layer(config, ARCHITECTURE, "EAGLE-3")
+        taps = tuple(config.get("feature_layers") or ())
         if any(not isinstance(tap, int) or tap < 0 for tap in taps):
             raise ValueError(f"feature_layers {list(taps)} must name the target's layers, counted from 0")
         return cls(layer, drafts, taps, **{key: bool(config.get(key, False)) for key in _SWITCHES})
 
     def to_dict(self) -> dict[str, Any]:
         """config.json; `from_dict` gives the same back."""
-        layer = self.layer
-        scaling = {} if layer.rope_scaling is None else {"rope_scaling": dict(layer.rope_scaling)}
         return {
             "architectures": [ARCHITECTURE],
-            "model_type": "llama",
-            "hidden_size": layer.hidden_size,
-            "target_hidden_size": layer.hidden_size,
-            "intermediate_size": layer.intermediate_size,
-            "num_hidden_layers": 1,
-            "num_attention_heads": layer.num_heads,
-            "num_key_value_heads": layer.num_kv_heads,
-            "head_dim": layer.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": layer.rms_norm_eps,
-            "rope_theta": layer.rope_theta,
-            **scaling,
-            "max_position_embeddings": layer.max_positions,
-            "vocab_size": layer.vocab_size,
-            "draft_vocab_size": self.draft_vocab_size,
+            **describe_layer(self.layer, self.draft_vocab_size),
             "feature_layers": list(self.feature_layers),
             **{key: getattr(self, key) for key in _SWITCHES},
         }
@@ -116,10 +140,7 @@ class EagleConfig:
     def check(self, target: Any) -> None:
         """ValueError unless the head was made for a target of this config (hidden_size, vocab_size, num_layers)."""
         remedy = "take a head that was trained for this target, or train one (specdec train drafter=eagle3)"
-        for name in ("hidden_size", "vocab_size"):
-            mine, theirs = getattr(self.layer, name), getattr(target, name)
-            if mine != theirs:
-                raise ValueError(f"the head is for a target of {name} {mine}, this target's is {theirs}: {remedy}")
+        check_layer(self.layer, target, remedy)
         if max(self.feature_layers) >= target.num_layers:
             raise ValueError(
                 f"the head taps layers {list(self.feature_layers)}, this target has 0 to {target.num_layers - 1}: {remedy}"

@@ -7,6 +7,7 @@ embedding of token t + 1 + j and its own output of step j - 1, and predicts toke
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from specdec.nn.eagle import EagleConfig, default_feature_layers
 from specdec.nn.rope import rope_tables
 from specdec.train.heads import TrainableHead
 
-__all__ = ["Eagle3Head", "make_head", "training_time_test"]
+__all__ = ["MLP", "Attention", "ChainHead", "Eagle3Head", "Norm", "begin_small", "make_head", "one_layer"]
 
 _SPREAD = 0.02  # of fresh weights
 
@@ -38,18 +39,18 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over an input of 2H; keys and values of all steps so far are the caller's lists."""
+    """Grouped-query attention over an input of `width`; keys and values of all steps so far are the caller's lists."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        width, self.size = 2 * config.hidden_size, config.head_dim
+        self.size = config.head_dim
         self.q_proj = nn.Linear(width, config.num_heads * self.size, bias=False)
         self.k_proj = nn.Linear(width, config.num_kv_heads * self.size, bias=False)
         self.v_proj = nn.Linear(width, config.num_kv_heads * self.size, bias=False)
         self.o_proj = nn.Linear(config.num_heads * self.size, config.hidden_size, bias=False)
 
     def forward(self, y: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """y [B, T, 2H], cos and sin f32 [1, T, E/2] -> [B, T, H]; appends this step's keys and values [B, T, G, E]."""
+        """y [B, T, width], cos and sin f32 [1, T, E/2] -> [B, T, H]; appends this step's keys and values [B, T, G, E]."""
         q, k, v = (proj(y).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         keys.append(rotate(k, cos, sin))
         values.append(v)
@@ -99,7 +100,7 @@ class Layer(nn.Module):
         hidden, eps = config.layer.hidden_size, config.layer.rms_norm_eps
         self.norm_before_residual = config.norm_before_residual
         self.input_layernorm, self.hidden_norm = Norm(hidden, eps), Norm(hidden, eps)
-        self.self_attn = Attention(config.layer)
+        self.self_attn = Attention(config.layer, 2 * hidden)
         self.post_attention_layernorm = Norm(hidden, eps)
         self.mlp = MLP(hidden, config.layer.intermediate_size)
 
@@ -115,16 +116,56 @@ class Layer(nn.Module):
         return result
 
 
-class Eagle3Head(TrainableHead):
-    """fc over the tapped features, one layer, a norm and a head of W rows."""
+class ChainHead(TrainableHead):
+    """A head of one layer that goes on from its own outputs."""
 
-    def __init__(self, config: EagleConfig, d2t: Tensor | None, t2d: Tensor | None, depth: int) -> None:
+    def __init__(self, config: Any, depth: int, taps: Sequence[int | str]) -> None:
+        """config: `layer` describes the layer, and `to_dict` is the config.json."""
         super().__init__()
         if depth < 1:
             raise ValueError(
                 f"training.head.depth={depth} must be at least 1: a head that predicts nothing learns nothing"
             )
-        self.config, self.depth, self.taps = config, depth, config.feature_layers
+        self.config, self.depth, self.taps = config, depth, taps
+
+    @abstractmethod
+    def reduce(self, features: Tensor) -> Tensor:
+        """Target features [B, T, F * H] as step 0 takes them: f32 [B, T, H]."""
+
+    @abstractmethod
+    def step(
+        self, e: Tensor, h: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings and features [B, T, H] -> the state of these entries, and what the next step takes for features."""
+
+    def forward(self, tokens: Tensor, features: Tensor, embed: Tensor) -> list[Tensor]:
+        """The training-time test (2503.01840, section 3.2; 2408.15766): the states of J steps, f32 [B, T, H].
+
+        A query of step j sees the step-0 keys of positions up to its own and the keys of steps 1 to j of its own chain, which
+        stand at t + 1 to t + j: what the cache holds at inference.
+        """
+        width = tokens.shape[1]
+        cos, sin = rope_tables(self.config.layer, width + self.depth, tokens.device)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        h, states = self.reduce(features), []
+        for j in range(self.depth):
+            following = F.pad(tokens, (0, j + 1))[:, j + 1 :]
+            e = F.embedding(following, embed).float()
+            g, h = self.step(e, h, cos[None, j : width + j], sin[None, j : width + j], keys, values)
+            states.append(g)
+        return states
+
+    def settings(self) -> dict[str, Any]:
+        described: dict[str, Any] = self.config.to_dict()
+        return described
+
+
+class Eagle3Head(ChainHead):
+    """fc over the tapped features, one layer, a norm and a head of W rows."""
+
+    def __init__(self, config: EagleConfig, d2t: Tensor | None, t2d: Tensor | None, depth: int) -> None:
+        super().__init__(config, depth, config.feature_layers)
         hidden, eps = config.layer.hidden_size, config.layer.rms_norm_eps
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(Norm(hidden, eps) for _ in self.taps)
@@ -134,43 +175,22 @@ class Eagle3Head(TrainableHead):
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
         self.set_vocabulary(d2t, t2d)
 
-    def forward(self, tokens: Tensor, features: Tensor, embed: Tensor) -> list[Tensor]:
-        return training_time_test(self, tokens, features, embed, self.depth)
-
     def logits(self, depth: int, states: Tensor) -> Tensor:
         result: Tensor = self.lm_head(self.norm(states))
         return result
 
     def reduce(self, features: Tensor) -> Tensor:
-        """Target features [B, T, F * H] -> f32 [B, T, H]."""
         if self.config.fc_norm:
             parts = features.chunk(len(self.taps), -1)
             features = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], -1)
         reduced: Tensor = self.fc(features.to(self.fc.weight.dtype))
         return reduced.float()
 
-    def settings(self) -> dict[str, Any]:
-        return self.config.to_dict()
-
-
-def training_time_test(head: Eagle3Head, tokens: Tensor, features: Tensor, embed: Tensor, steps: int) -> list[Tensor]:
-    """The head on its own outputs, `steps` times (2503.01840, section 3.2): g of every step, f32 [B, T, H].
-
-    tokens int64 [B, T]; features [B, T, F * H]; embed [V, H]. A query of step j sees the step-0 keys of positions up to its
-    own and the keys of steps 1 to j of its own chain, which stand at t + 1 to t + j: what the cache holds at inference.
-    """
-    width = tokens.shape[1]
-    cos, sin = rope_tables(head.config.layer, width + steps, tokens.device)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    h, states = head.reduce(features), []
-    for j in range(steps):
-        following = F.pad(tokens, (0, j + 1))[:, j + 1 :]
-        e = F.embedding(following, embed).float()
-        g = head.midlayer(e, h, cos[None, j : width + j], sin[None, j : width + j], keys, values)
-        states.append(g)
-        h = head.norm(g) if head.config.norm_output else g
-    return states
+    def step(
+        self, e: Tensor, h: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        g = self.midlayer(e, h, cos, sin, keys, values)
+        return g, self.norm(g) if self.config.norm_output else g
 
 
 def make_head(
@@ -191,13 +211,9 @@ def make_head(
     target's own: the head begins as an early exit of the target, and only the step to the next token is to be learnt.
     ValueError: a target whose layers are not known, or that lacks a tapped one.
     """
-    sizes = target.config
-    if not isinstance(sizes, ModelConfig):
-        raise ValueError(
-            f"{type(target).__name__} does not say how its layers are made, as a head's is: use target=llama"
-        )
+    layer, sizes = one_layer(target, intermediate_size), target.config
     config = EagleConfig(
-        layer=_one_layer(sizes, intermediate_size or sizes.mlp_size),
+        layer=layer,
         draft_vocab_size=sizes.vocab_size if d2t is None else len(d2t),
         feature_layers=default_feature_layers(sizes.num_layers) if taps is None else tuple(taps),
         norm_before_residual=norm_before_residual,
@@ -206,11 +222,8 @@ def make_head(
     )
     config.check(sizes)
     head = Eagle3Head(config, d2t, t2d, depth)
-    generator = torch.Generator().manual_seed(seed)
+    begin_small(head, seed)
     with torch.no_grad():
-        for parameter in head.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=_SPREAD, generator=generator)
         head.fc.weight[:, -sizes.hidden_size :] += torch.eye(sizes.hidden_size)
         rows = target.lm_head.cpu()
         head.lm_head.weight.copy_(rows if head.ids is None else rows[head.ids])
@@ -218,12 +231,29 @@ def make_head(
     return head
 
 
-def _one_layer(sizes: ModelConfig, intermediate_size: int) -> ModelConfig:
-    """A plain Llama layer as wide as the target's, whatever the target's family does besides."""
+def begin_small(head: nn.Module, seed: int) -> None:
+    """Small random matrices; vectors stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=_SPREAD, generator=generator)
+
+
+def one_layer(target: Any, intermediate_size: int | None) -> ModelConfig:
+    """A plain Llama layer as wide as the target's, whatever the target's family does besides. intermediate_size None: its own.
+
+    ValueError: a target whose layers are not known.
+    """
+    sizes = target.config
+    if not isinstance(sizes, ModelConfig):
+        raise ValueError(
+            f"{type(target).__name__} does not say how its layers are made, as a head's is: use target=llama"
+        )
     return ModelConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
-        intermediate_size=intermediate_size,
+        intermediate_size=intermediate_size or sizes.mlp_size,
         num_layers=1,
         num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads,

@@ -52,6 +52,20 @@ class TrainableHead(nn.Module, ABC):
     def logits(self, depth: int, states: Tensor) -> Tensor:
         """States [n, H] of prediction `depth`, from 0, to logits [n, W]."""
 
+    def augment(self, features: Tensor, keys: Tensor) -> Tensor:
+        """What `forward` reads in training instead of features [B, T, taps * H]: with noise, say, drawn by keys int64 [B].
+
+        A key belongs to (seed, epoch, row), so that micro-batches, processes and a resumed run see the same noise.
+        """
+        return features
+
+    def objective(self, loss: Tensor, states: Tensor, hidden: Tensor) -> Tensor:
+        """What is minimised, from the summed loss of n predictions: a head may weigh that, and add terms of its own.
+
+        hidden [n, H]: what the target's final norm gives where it makes the prediction of states [n, H].
+        """
+        return loss
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The config.json of its checkpoint."""

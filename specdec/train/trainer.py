@@ -155,6 +155,8 @@ class Trainer:
         with torch.no_grad():
             taps, hidden = self.features(Batch(tokens, lengths, mask, batch.rows[rows]))
             read = torch.cat([taps, hidden], -1) if "hidden" in self.head.taps else taps
+        if torch.is_grad_enabled():
+            read = self.head.augment(read, self._keys(batch.rows[rows]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self._predict(self.head(tokens, read, self.embed), tokens, hidden, mask)
 
@@ -170,13 +172,15 @@ class Trainer:
         at = at + 1  # position before the token that counts
         for r, s in zip(*(torch.split(x, self.params.chunk) for x in (rows, at)), strict=True):
             with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-                law = target_law(hidden[r, s], self.lm_head, tokens[r, s + 1], self.head.ids, self.head.index)
+                goal = hidden[r, s]
+                law = target_law(goal, self.lm_head, tokens[r, s + 1], self.head.ids, self.head.index)
             for j, leaf in enumerate(leaves):
                 made = s - 1 - j
                 inside = (made >= 0).nonzero().squeeze(1)
-                logits = self.head.logits(j, leaf[r[inside], made[inside]]).float()
-                loss = self._judge(logits, law[inside], stats[j])
+                predicted = leaf[r[inside], made[inside]]
+                loss = self._judge(self.head.logits(j, predicted).float(), law[inside], stats[j])
                 if torch.is_grad_enabled():
+                    loss = self.head.objective(loss, predicted, goal[inside])
                     torch.autograd.backward(loss * self.params.depth_decay**j)
         reached = [(s, leaf.grad) for s, leaf in zip(states, leaves, strict=True) if leaf.grad is not None]
         if reached:
@@ -192,6 +196,11 @@ class Trainer:
             sums = loss, acceptance_rate(log_q, law).sum(), hits.sum(), torch.ones_like(hits).sum()
             stats += torch.stack([x.double() for x in sums])
         return loss
+
+    def _keys(self, rows: Tensor) -> Tensor:
+        """A number for each row of this epoch, by which a head draws its noise. int64 [B] -> int64 [B]."""
+        epoch = (self.params.seed * 1_000_003 + self.standing.epoch) % (1 << 31)
+        return rows.to(self.device) + (epoch << 32)
 
     # ---- beside it ---------------------------------------------------------------------------------------------------
 
