@@ -66,12 +66,16 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         sizes = {"hidden_size": 64, "vocab_size": 260, "num_heads": 4}
         (folder / name / "config.json").write_text(json.dumps({"architectures": [kind], **sizes}))
+    (folder / "eagle").mkdir()
+    layer = llama_config(num_hidden_layers=1).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (folder / "eagle" / "config.json").write_text(json.dumps(layer))
     return folder
 
 
 def needed(group: str, name: str, checkpoint: Path, heads: Path) -> list[str]:
     """Values for the keys that have none of their own."""
     values = {
+        "drafter/eagle": [f"drafter.checkpoint={heads / 'eagle'}"],
         "drafter/medusa": [f"drafter.checkpoint={heads / 'medusa'}"],
         "drafter/hydra": [f"drafter.checkpoint={heads / 'hydra'}"],
         "target/llama": [f"target.checkpoint={checkpoint}"],
@@ -298,7 +302,9 @@ def test_a_ready_model_is_taken_as_it_is() -> None:
 
 def test_a_small_model_without_a_checkpoint_is_a_sentence() -> None:
     with pytest.raises(ValueError, match="missing a required argument: 'checkpoint'; give it one"):
-        specdec.load("drafter=small_model")
+        specdec.load("drafter=small_model", "drafter.checkpoint=null")
+    with pytest.raises(ValueError, match=r"checkpoint=no-such-model is neither a folder, nor a head that ships"):
+        specdec.load("drafter=small_model", "drafter.checkpoint=no-such-model")
 
 
 def test_a_small_model_from_its_config(toy: Toy) -> None:

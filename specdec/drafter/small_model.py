@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.drafter import Drafter
+from specdec.drafter._head import find_head
 from specdec.structure import RootState, Structure, as_structure
 from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
+from specdec.weights.checkpoint import read_config
 
 __all__ = ["SmallModel"]
 
@@ -23,6 +27,7 @@ class SmallModel(Drafter):
     """Drafts a chain or tree with any model that has the target's allocate and forward, and the target's vocabulary.
 
     model: such an object, or a function that builds it: then its weights wait for the first request and are kept.
+    checkpoint: what such a function loads where it does not name its own: a folder, a model that ships, or one on the Hub.
     The row's committed length says what the cache holds, so no state of its own can run out of step: a step re-runs
     the last W = D + 2 tokens, at most D + 1 of them new, and a rejected draft is simply overwritten.
     """
@@ -33,10 +38,16 @@ class SmallModel(Drafter):
         num_draft_tokens: int = 4,
         structure: Structure | Sequence[int] | None = None,
         prefill_chunk: int = 256,
+        checkpoint: str | Path | None = None,
     ) -> None:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
         if not hasattr(model, "allocate"):
+            if checkpoint is not None and _wants_checkpoint(model):
+                folder = find_head(checkpoint)
+                self.card = read_config(folder).get("specdec", {})
+                self.trained = bool(self.card)  # by `specdec train`, for one target; others say nothing of it
+                model = partial(model, checkpoint=folder)
             _check_arguments(model)
         self.structure = as_structure(structure, num_draft_tokens)
         self.model = model
@@ -82,6 +93,12 @@ class SmallModel(Drafter):
 
     def _forward(self, inputs: ModelInputs, hidden: Tensor | None = None) -> tuple[Tensor, None]:
         return self.model.forward(inputs).logits, None
+
+
+def _wants_checkpoint(model: Any) -> bool:
+    """Whether the function that builds the model needs a checkpoint and was given none."""
+    parameter = inspect.signature(model).parameters.get("checkpoint")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _check_arguments(model: Any) -> None:

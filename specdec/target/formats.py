@@ -5,7 +5,8 @@ and down_proj [E, I, H] (transformers, modeling_llama4); here every weight is [.
 `.weight_scale` [..., N] (value = data * scale) and, where activations have a static scale, f32 `.input_scale` [].
 
 Read are transformers' fbgemm_fp8, whose activation_scale_ub is not applied (it only clips outliers of the activations),
-compressed-tensors with a scale a row or a tensor, and NVIDIA ModelOpt's FP8.
+compressed-tensors with a scale a row or a tensor, and NVIDIA ModelOpt's FP8. Ours, fp8_storage, holds every matrix and the
+embedding in FP8 for the sake of the file's size alone: it computes as it was trained, multiplied out.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from specdec.kernels.reference import FP8
 from specdec.weights.checkpoint import read_json
 from specdec.weights.lazy import LazyTensor, stack
 
-__all__ = ["is_quantized", "parameters", "quantization"]
+__all__ = ["FP8_STORAGE", "is_quantized", "parameters", "quantization"]
+
+FP8_STORAGE = "fp8_storage"  # quant_method of what `specdec train storage=fp8` writes
 
 Tensors = dict[str, LazyTensor]
 
-_READ = "read are bf16, f16 and f32, and FP8 as fbgemm_fp8, compressed-tensors float-quantized or ModelOpt FP8 write it"
+_READ = "read are bf16, f16 and f32, and FP8 as specdec, fbgemm_fp8, compressed-tensors float-quantized or ModelOpt FP8 do it"
 _OTHER_MODALITIES = ("vision_model.", "multi_modal_projector.")
 _CACHE_SCALE = re.compile(r"\.(k|v|kv)_scale$")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.((?:gate|up|down)_proj\.(?:weight|weight_scale|input_scale))")
@@ -53,7 +56,7 @@ def quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _unread(method: str, stated: Mapping[str, Any]) -> str | None:
     """What of a quantisation is not read, None = nothing."""
-    if method == "fbgemm_fp8":
+    if method in ("fbgemm_fp8", FP8_STORAGE):
         return None
     if method == "modelopt":
         algorithm = stated.get("quant_algo")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from specdec.nn import DecoderModel, ModelConfig, Shard
-from specdec.target.formats import is_quantized, parameters, quantization
+from specdec.target.formats import FP8_STORAGE, is_quantized, parameters, quantization
 from specdec.target.memory import check_weights
 from specdec.target.presets import read_preset
 from specdec.target.random import fill_random
@@ -42,10 +42,11 @@ def open_source(checkpoint: str | Path | None, preset: str | None, quantize: str
     folder = checkpoints.resolve(checkpoint, weights=loads)
     stated = checkpoints.read_config(folder)
     config = ModelConfig.from_huggingface(stated)
-    fp8 = quantization(folder, stated) is not None
+    method = quantization(folder, stated)
     tensors = parameters(checkpoints.iter_tensors(folder), config.tie_word_embeddings) if loads else None
     if quantize == "auto":
-        fp8 = fp8 or (tensors is not None and is_quantized(tensors))
+        stated_or_seen = method is not None or (tensors is not None and is_quantized(tensors))
+        fp8 = stated_or_seen and method != FP8_STORAGE
     else:
         fp8 = quantize == "fp8"
     return Source(config, folder, None if tensors is None else tensors.items(), fp8)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.reference import quantize
+from specdec.target.formats import FP8_STORAGE
 from specdec.train.checkpoint import write_folder
 from specdec.train.heads import TrainableHead
 
@@ -20,7 +21,7 @@ STORAGE = ("bfloat16", "fp8")
 
 
 def export(head: TrainableHead, place: Path, storage: str, notes: Mapping[str, Any], text: str | None = None) -> None:
-    """Write a head, whole or not at all: matrices in bfloat16, or in FP8 with a scale a row; norms in f32.
+    """Write a head, whole or not at all: matrices in bfloat16, or in FP8 with a scale a row, as config.json says; norms in f32.
 
     notes: what config.json keeps under "specdec". text: the card. ValueError: an unknown storage.
     """
@@ -34,7 +35,8 @@ def export(head: TrainableHead, place: Path, storage: str, notes: Mapping[str, A
             tensors[name], tensors[f"{name}_scale"] = quantize(value)
         else:
             tensors[name] = value.to(torch.bfloat16)
-    config = json.dumps({**head.settings(), "specdec": notes}, indent=2) + "\n"
+    stored = {"quantization_config": {"quant_method": FP8_STORAGE}} if storage == "fp8" else {}
+    config = json.dumps({**head.settings(), **stored, "specdec": notes}, indent=2) + "\n"
     texts = {"config.json": config, **({} if text is None else {"README.md": text})}
     write_folder(place, {"model.safetensors": tensors}, texts)
 

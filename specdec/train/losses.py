@@ -40,11 +40,15 @@ Loss = Callable[[Tensor, Law], Tensor]
 
 
 def target_law(hidden: Tensor, head: Tensor, text: Tensor, ids: Tensor | None, index: Tensor | None) -> Law:
-    """Law from the final hidden states [n, H] and the target's head f32 [V, H]; text int64 [n] are target ids.
+    """Law from the final hidden states [n, H] and the target's head [V, H]; text int64 [n] are target ids.
 
-    ids int64 [W]: target ids of the draft vocabulary; index int64 [V]: the way back, -1 outside. None: all ids.
+    ids int64 [W]: target ids of the draft vocabulary; index int64 [V]: the way back, -1 outside. None: all ids. Sums are f32;
+    a head in a narrower dtype than f32 is for a GPU, whose matrix instructions multiply it exactly.
     """
-    logits = F.linear(hidden.float(), head)
+    if head.dtype == torch.float32:
+        logits = F.linear(hidden.float(), head)
+    else:
+        logits = torch.mm(hidden.to(head.dtype), head.t(), out_dtype=torch.float32)
     best = logits.argmax(-1)
     probs = logits.softmax(-1)
     if ids is None or index is None:

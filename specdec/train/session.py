@@ -17,6 +17,7 @@ from rich.text import Text
 
 from specdec import metrics, report
 from specdec.decoding.self_test import known_prompt_length
+from specdec.drafter import Drafter
 from specdec.target import ranks
 from specdec.tracking.environment import environment
 from specdec.tracking.run_folder import RunFolder
@@ -74,6 +75,7 @@ class Session:
         self._export(place, {"steps": 0})
         wait(self.group)
         for decoder in self.evaluation.decoders(place, baseline=False).values():
+            _check_weights(decoder.drafter, self.evaluation.name, place)
             decoder.drafter.setup(target, 1, 64, decoder.verifier.law)
         trainer = Trainer(
             self.head, target.embed, target.lm_head, features, batches, params, folder, self.group, self.corpus.name
@@ -109,7 +111,7 @@ class Session:
         cfg, name, at, path = self.cfg, self.evaluation.name, self.standing, self.run_folder.path
         summary, target = metrics.summary(metrics.load_trace(path)), HydraConfig.get().runtime.choices.target
         facts = {
-            **facts,
+            **{fact: value for fact, value in facts.items() if value},  # a model of its own reads no layers
             "training": f"{at.step} steps of {params.batch_size} rows, {at.tokens} tokens read, loss {params.loss}, "
             f"learning rate {params.learning_rate:g}, seed {params.seed}",
             "measured": f"{len(self.evaluation.job.conversations)} prompts kept for development, up to "
@@ -133,6 +135,15 @@ class Session:
             notes["self_test"] = {"depth": decoder.drafter.depth, "tau": round(tau, 4)}
         self._export(path / "head", notes, text)
         return summary
+
+
+def _check_weights(drafter: Drafter, name: str, place: Path) -> None:
+    """ValueError where a drafter did not take the head that was just written, untrained: others would be measured."""
+    if not drafter.trained or drafter.card.get("steps", 0) != 0:
+        raise ValueError(
+            f"drafter={name} drafts with other weights than those in training, {place}: leave out what names them (as "
+            "drafter.model.checkpoint does), or, in a drafter of your own, load its checkpoint and say trained = True"
+        )
 
 
 def plain(cfg: Any) -> dict[str, Any]:

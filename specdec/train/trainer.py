@@ -54,7 +54,7 @@ class Trainer:
     ) -> None:
         self.device = embed.device
         self.head, self.embed = head.to(self.device), embed
-        self.lm_head = lm_head.float()
+        self.lm_head = lm_head if self.device.type == "cuda" else lm_head.float()  # see target_law
         self.features, self.batches, self.params, self.folder = features, batches, params, folder
         self.ranks, self.name_row = ranks, name_row
         self.rank, self.world = (ranks.rank, ranks.world) if ranks else (0, 1)
