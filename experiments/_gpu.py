@@ -7,6 +7,7 @@ machine without a GPU everything runs too, on the CPU's clock and without graphs
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -217,4 +218,10 @@ class Results:
         for row in rows:
             parts[row["section"] == "session"].append(row)
         document = {"setup": setup, "sessions": parts[True], "rows": parts[False]}
-        self.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        self.json.write_text(_compact(document) + "\n", encoding="utf-8")
+
+
+def _compact(document: Any) -> str:
+    """JSON with a line for every value, but lists of numbers on one."""
+    text = json.dumps(document, indent=1)
+    return re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
