@@ -109,14 +109,16 @@ class ShardedTarget(Llama):
 class FixedChain(Drafter):
     """Proposes the same random tokens again and again: what a forward costs does not depend on what is accepted."""
 
-    catches_up = False
-
     def __init__(self, num_draft_tokens: int) -> None:
         self.num_draft_tokens = self.depth = num_draft_tokens
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
         """Draw the tokens."""
         self.drafts = random_ids(target.config.vocab_size, self.depth).to(target.device).expand(batch_size, -1)
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        """Nothing of the prompt is read."""
+        return True
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         return DraftTree.chain(inputs.root, self.drafts)

@@ -21,6 +21,7 @@ from specdec.drafter.small_model import SmallModel
 from specdec.target.toy import ByteTokenizer, Toy
 from specdec.testing import Replay
 from specdec.testing.prefix_model import sampling_of
+from specdec.types import DraftInputs, DraftTree
 from specdec.verifier import Verifier
 from specdec.verifier.block import Block
 from specdec.verifier.rrs import RRS
@@ -374,6 +375,42 @@ def test_waiting_prompts_begin_together(toy: Toy, plain: list[list[int]], monkey
         drafted = SpeculativeDecoder(toy, NGram(), TargetOnly(), batch_size=3, refill=refill)
         assert drafted.generate(PROMPTS, 24, ignore_eos=True).tokens == plain
         assert begun == wanted
+
+
+class Offered(NoDraft):
+    """Keeps what propose is offered of every row: its new tokens and their features."""
+
+    depth, features = 2, (0, 1)
+
+    def __init__(self, ahead: bool) -> None:
+        self.ahead, self.seen, self.widths = ahead, [], set()
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return self.ahead
+
+    def propose(self, inputs: DraftInputs) -> DraftTree:
+        self.widths.add(inputs.max_new)
+        for tokens, length, new, features in zip(
+            inputs.tokens, inputs.lengths, inputs.num_new, inputs.features, strict=True
+        ):
+            self.seen.append((tokens[length - 1 - new : length].tolist(), features[:new].clone()))
+        tree = super().propose(inputs)
+        tree.depth = self.depth
+        return tree
+
+
+def test_of_a_prompt_that_was_read_the_last_tokens_are_offered(toy: Toy) -> None:
+    """As many as in any other step, with their features, however long the prompts and whoever goes on beside them."""
+    seen = []
+    for ahead in (False, True):
+        drafter = Offered(ahead)
+        decoder(toy, drafter, batch=3).generate(PROMPTS, 9, ignore_eos=True)
+        assert drafter.widths == {3} if ahead else max(drafter.widths) > 3
+        seen.append(drafter.seen)
+    for (all_tokens, all_features), (tokens, features) in zip(*seen, strict=True):
+        assert tokens == all_tokens[-4:]
+        assert len(features) == min(len(all_features), 3)
+        assert torch.equal(features, all_features[-3:])
 
 
 def test_a_decoder_that_cannot_be(toy: Toy) -> None:

@@ -371,14 +371,18 @@ def test_it_conforms(tmp_path: Path, toy: Toy, tree: Any, drafts: int | None) ->
 class Shadow(Drafter):
     """Proposes what another drafter does, and keeps what the head would have proposed."""
 
-    def __init__(self, head: Eagle3, other: Drafter) -> None:
-        self.head, self.other = head, other
+    def __init__(self, head: Eagle3, other: Drafter, ahead: bool) -> None:
+        """ahead: whether the head reads prompts before the first step, or in it."""
+        self.head, self.other, self.ahead = head, other, ahead
         self.num_draft_tokens, self.depth, self.features = other.num_draft_tokens, other.depth, head.features
         self.seen: list[tuple[list[Text], Tensor]] = []
 
     def setup(self, *args: Any) -> None:
         self.head.setup(*args)
         self.other.setup(*args)
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return self.ahead and self.head.prefill(inputs)
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         drafted = self.head.propose(inputs)
@@ -387,14 +391,15 @@ class Shadow(Drafter):
         return self.other.propose(inputs)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-def test_the_loops_features_meet_their_tokens(tmp_path: Path, toy: Toy, tree: bool) -> None:
+def test_the_loops_features_meet_their_tokens(tmp_path: Path, toy: Toy, tree: bool, ahead: bool) -> None:
     """Where drafts are accepted, rejected, and rows refilled, the head drafts what it would from the features of a prefill."""
     folder = random_head(tmp_path, toy, W)
     prompts = [list(p) for p in PROMPTS]
     plain = SpeculativeDecoder(toy, NoDraft(), TargetOnly()).generate(prompts, 16, ignore_eos=True)
     known = [p + t for p, t in zip(prompts, plain.tokens, strict=True)]
-    shadow = Shadow(Eagle3(folder, num_draft_tokens=2), Replay(known, depth=3, tree=tree))
+    shadow = Shadow(Eagle3(folder, num_draft_tokens=2), Replay(known, depth=3, tree=tree), ahead)
     result = SpeculativeDecoder(toy, shadow, TargetOnly(), batch_size=3).generate(prompts, 16, ignore_eos=True)
     assert result.tokens == plain.tokens
     assert result.trace.acceptance_length > 1.5

@@ -263,6 +263,18 @@ def weights(folder: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.gpu
+def test_the_law_from_a_bfloat16_head_is_that_of_its_exact_products() -> None:
+    draw = torch.Generator().manual_seed(3)
+    hidden, head = torch.randn(37, 576, generator=draw).bfloat16(), torch.randn(1000, 576, generator=draw).bfloat16()
+    text = torch.arange(37)
+    law = target_law(hidden.cuda(), head.cuda(), text.cuda(), None, None)
+    exact = (hidden.double() @ head.double().t()).softmax(-1)
+    assert law.probs.dtype == torch.float32
+    assert (law.probs.cpu() - exact).abs().max() < 1e-4
+    assert torch.equal(law.best.cpu(), exact.argmax(-1))
+
+
 def test_rows_at_once_and_chunks_change_nothing(toy: Toy, text: Batch, tmp_path: Path) -> None:
     """A batch's gradient is a sum: the same in parts, but for rounding."""
     found = []

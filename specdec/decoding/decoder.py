@@ -72,7 +72,7 @@ class SpeculativeDecoder:
         state = self.state
         assert state is not None, "generate starts the requests"
         if state.tokens.device.type == "cuda" and self.drafter.graphable and self.target.graphable and self.use_graphs:
-            static = (state.sampling.mode, state.max_new if self.drafter.catches_up else None)
+            static = (state.sampling.mode, state.max_new)
             roots = (state, self.target, self.drafter, self.verifier)
             acceptance, self.record = self._graphs(self._step, roots, static)
         else:
@@ -259,10 +259,12 @@ class SpeculativeDecoder:
                 "its weights are at fault, or its dtype is too narrow for them (try target.dtype=float32)"
             )
         roots = choose(output.logits, state.sampling, state.lengths[:, None] - 1)[:, 0]
-        record: list[list[int]] = state.set_roots(rows, roots, output.features).tolist()
+        started = state.set_roots(rows, roots, output.features)
         state.max_new = max(width, state.max_new)
+        if self.drafter.prefill(state.draft_inputs()):
+            state.keep_last(self.drafter.depth + 1)
         self._graphs.changed()
-        return record
+        return list(started.tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,15 @@ class DecodeState:
         begun, others = (F.pad(f, (0, 0, 0, width - f.shape[1])) for f in (features, self.features))
         return torch.where(rows[:, None, None], begun, others)
 
+    def keep_last(self, width: int) -> None:
+        """Offer of every row its last `width` new tokens alone: the drafter has read those before."""
+        behind = (self.num_new - width).clamp(min=0)
+        if self.features is not None:
+            at = behind[:, None] + torch.arange(width, device=behind.device)
+            at = at.clamp(max=self.features.shape[1] - 1).long()[:, :, None].expand(-1, -1, self.features.shape[2])
+            self.features = self.features.gather(1, at)
+        self.num_new, self.max_new = self.num_new - behind, width
+
     def draft_inputs(self) -> DraftInputs:
         return DraftInputs(self.tokens, self.lengths, self.num_new, self.max_new, self.features, self.sampling)
 

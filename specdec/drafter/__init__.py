@@ -23,10 +23,17 @@ class Drafter(ABC):
     graphable: bool = True  # False: reads tensors on the host, runs outside a CUDA graph
     trained: bool = False  # drafts with a checkpoint that was made for one target, so it is tested on a known prompt
     card: Mapping[str, Any] = {}  # what such a checkpoint says of itself: config.json's "specdec"
-    catches_up: bool = True  # False: propose reads neither num_new nor features, so its first step is like any other
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
         """Called before every batch of requests: share the target's weights, allocate, learn which law the verifier wants."""
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        """Requests begin: for their rows num_new is the whole prompt. Whether it has been read, or never will be.
+
+        True: propose is offered the last depth + 1 of these tokens alone, as in any other step, so that on a GPU a request's
+        first step is the same CUDA graph as the others. False: propose is offered all of them, and that step runs as it is.
+        """
+        return False
 
     @abstractmethod
     def propose(self, inputs: DraftInputs) -> DraftTree:

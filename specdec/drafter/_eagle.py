@@ -92,6 +92,10 @@ class FeatureDrafter(Drafter):
                 stacklevel=3,
             )
 
+    def prefill(self, inputs: DraftInputs) -> bool:
+        self._read(inputs, features_of(inputs, self._target, self.features))
+        return True
+
     def propose(self, inputs: DraftInputs) -> DraftTree:
         last = self._read(inputs, features_of(inputs, self._target, self.features))
         state = RootState(

@@ -55,6 +55,9 @@ class Heads(Drafter):
         self._law = law
         self.structure.to(target.lengths.device)
 
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return True  # heads look at the last token's state alone
+
     def last_hidden(self, inputs: DraftInputs) -> Tensor:
         """The hidden state before every row's root [B, H]."""
         return last_features(inputs, features_of(inputs, self._target, self.features))

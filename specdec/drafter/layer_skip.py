@@ -23,8 +23,6 @@ class LayerSkip(Drafter):
     No weights and no cache of its own: K/V of drafts stand behind the prefix, where the verification overwrites them.
     """
 
-    catches_up = False
-
     def __init__(
         self, exit_layer: int, num_draft_tokens: int = 4, structure: Structure | Sequence[int] | None = None
     ) -> None:
@@ -44,6 +42,9 @@ class LayerSkip(Drafter):
             raise ValueError(f"exit_layer={self.exit_layer}: choose 1 to {num_layers - 1}, the target has {num_layers}")
         self._target, self._law = target, law
         self.structure.to(target.lengths.device)
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return True
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         prefix_lens = inputs.lengths - 1

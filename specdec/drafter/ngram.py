@@ -18,8 +18,6 @@ class NGram(Drafter):
     evidence. The copy may run into itself, as in LZ77, so that text with a short period is proposed at full length.
     """
 
-    catches_up = False
-
     def __init__(
         self, num_draft_tokens: int = 5, max_ngram: int = 3, min_ngram: int = 1, max_spec_factor: float = 3.0
     ) -> None:
@@ -36,6 +34,9 @@ class NGram(Drafter):
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
         self.max_spec_factor = max_spec_factor
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return True
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         tokens, num_nodes = lookup(

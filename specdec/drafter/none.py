@@ -13,8 +13,10 @@ class NoDraft(Drafter):
 
     num_draft_tokens = 0
     depth = 0
-    catches_up = False
     laws: frozenset[Law] = frozenset({"any", "iid", "distinct"})
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return True
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         root = inputs.root

@@ -65,18 +65,7 @@ class SmallModel(Drafter):
         self.model.allocate(batch_size, max_len - nodes, max(nodes, self.structure.num_slots, self.depth + 2), ())
         self.structure.to(target.lengths.device)
 
-    def propose(self, inputs: DraftInputs) -> DraftTree:
-        window = self.depth + 2
-        if inputs.max_new >= window:  # some row begins a request; the loop's steady bound is depth + 1
-            self._prefill(inputs)
-        start = (inputs.lengths - window).clamp(min=0)
-        logits = self._run(inputs, start, window)
-        root_at = (inputs.lengths - 1 - start).long()[:, None, None]
-        root_logits = logits.gather(1, root_at.expand(-1, -1, logits.shape[-1]))
-        prefix_lens, state = inputs.lengths - 1, RootState(root_logits)
-        return self.structure.draft(self._forward, inputs.root, prefix_lens, inputs.sampling, self._law, state)
-
-    def _prefill(self, inputs: DraftInputs) -> None:
+    def prefill(self, inputs: DraftInputs) -> bool:
         """Run each row's last max_new committed tokens; a row that runs on repeats tokens its cache already holds.
 
         Starting at the same distance from every row's end keeps all writes inside the cache.
@@ -84,6 +73,16 @@ class SmallModel(Drafter):
         start = (inputs.lengths - 1 - inputs.max_new).clamp(min=0)
         for first in range(0, inputs.max_new, self.prefill_chunk):
             self._run(inputs, start + first, min(self.prefill_chunk, inputs.max_new - first))
+        return True
+
+    def propose(self, inputs: DraftInputs) -> DraftTree:
+        window = self.depth + 2
+        start = (inputs.lengths - window).clamp(min=0)
+        logits = self._run(inputs, start, window)
+        root_at = (inputs.lengths - 1 - start).long()[:, None, None]
+        root_logits = logits.gather(1, root_at.expand(-1, -1, logits.shape[-1]))
+        prefix_lens, state = inputs.lengths - 1, RootState(root_logits)
+        return self.structure.draft(self._forward, inputs.root, prefix_lens, inputs.sampling, self._law, state)
 
     def _run(self, inputs: DraftInputs, start: Tensor, count: int) -> Tensor:
         """Logits of `count` tokens from start [B] on; behind a row's end the root stands in, to be overwritten."""

@@ -52,8 +52,6 @@ class TokenRecycling(Drafter):
     cold and repeats exactly. A token never verified has no successors: as the root it proposes nothing.
     """
 
-    catches_up = False
-
     successors: Tensor  # int64 [V + 1, k]; -1 = not seen; the last row takes the writes of nodes that do not count
     _last: Tensor  # int64 [V + 1]; scratch: the last node of a step that carries a token
 
@@ -87,6 +85,9 @@ class TokenRecycling(Drafter):
             return
         self.successors = torch.full((vocab + 1, self.top_k), -1, dtype=torch.int64, device=device)
         self._last = torch.full((vocab + 1,), -1, dtype=torch.int64, device=device)
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return True
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         tokens = [inputs.root[:, None]]

@@ -115,6 +115,9 @@ class Checked(Drafter):
         self._vocab = target.config.vocab_size
         self.inner.setup(target, *args)
 
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return self.inner.prefill(inputs)
+
     def propose(self, inputs: DraftInputs) -> DraftTree:
         tree = self.inner.propose(inputs)
         problem = tree_problem(tree, self.inner, inputs, self._vocab)

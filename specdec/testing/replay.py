@@ -23,8 +23,6 @@ class Replay(Drafter):
     where the spine is wrong the decoy is right, and they stand in either order. Nothing is proposed off the references.
     """
 
-    catches_up = False
-
     def __init__(self, references: Sequence[Sequence[int]], depth: int = 4, tree: bool = False, every: int = 3) -> None:
         if not references or min(map(len, references)) < 2:
             raise ValueError("Replay needs references of two tokens or more: the prompt and the plain output")
@@ -41,6 +39,9 @@ class Replay(Drafter):
         device = target.lengths.device
         self._texts, self._sizes = self._texts.to(device), self._sizes.to(device)
         self._vocab = target.config.vocab_size
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        return True
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         following, known = self._following(inputs)

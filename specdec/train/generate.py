@@ -2,7 +2,8 @@
 
 A head is trained to guess what the target says, so its text should be the target's. Shard i depends on the settings and i
 alone: a run that was killed makes the last shard again, and ranks need not speak to one another. The text of a shard does not
-depend on batch size and drafter where the target's backend keeps logits apart from what shares a forward (native ones do).
+depend on batch size and drafter where the target keeps logits apart from what shares a forward: native backends do, on a GPU
+in forwards of up to 256 tokens (batch size times drafted tokens, and target.prefill_chunk).
 """
 
 from __future__ import annotations
