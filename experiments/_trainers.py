@@ -187,7 +187,7 @@ def train_theirs(plan: Plan, loss: str, optimizer: str, folder: Path) -> Trained
 
 
 def _their_args(plan: Plan, loss: str, optimizer: str) -> dict[str, Any]:
-    """Their defaults for everything that is not shared; norm_before_fc, a default of theirs, is not in our head."""
+    """Their defaults for everything that is not shared. norm_before_fc, a default of theirs, is a switch of both heads."""
     from speculators.train.config import TrainConfig
 
     params, on_gpu = plan.params, plan.target.device.type == "cuda"

@@ -21,7 +21,9 @@ from specdec.train.eagle3 import Eagle3Head, make_head
 from specdec.train.vocabulary import draft_vocabulary
 
 RESULTS = Path(__file__).parent / "results"
-SWITCHES: tuple[dict[str, bool], ...] = ({}, {"norm_before_residual": True}, {"norm_output": True}, {"fc_norm": True})
+SWITCHES: tuple[dict[str, bool], ...] = (
+    {}, {"norm_before_residual": True}, {"norm_output": True}, {"norm_before_fc": True}, {"fc_norm": True}
+)  # fmt: skip
 STEPS, TOKENS, DRAFTS = 3, 24, 96
 
 

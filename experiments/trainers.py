@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 from _bench import table
-from _gpu import Job, Results, begin, parse_options, spread
+from _command import run_benchmark
+from _gpu import Job, parse_options, spread
+from _prompts import DatasetOptions
 from _trainers import Plan, Trained, heldout, train_ours, train_theirs
 from acceptance import GREEDY, Benchmark, Method, difference, frame, lengths
-from cpu_decoding import DatasetOptions
-from omegaconf import OmegaConf
 
 from specdec import metrics
+from specdec.nn.eagle import SWITCHES
 from specdec.train.corpus import Corpus
 from specdec.train.generate import identity
 from specdec.train.losses import LOSSES
@@ -38,7 +39,6 @@ from specdec.train.params import TrainingParams
 from specdec.train.vocabulary import coverage, draft_vocabulary, special_tokens
 
 NAME = "trainers"
-SWITCHES = ("norm_before_residual", "norm_output", "fc_norm")
 OPTIMIZERS = ("adamw", "muon")
 THEIRS = ("kl_div/adamw", "lk_hybrid/adamw", "kl_div/muon")  # the last is what their command does unless told otherwise
 WARM = 3  # first steps, which compile; not in the times
@@ -60,7 +60,7 @@ class Options:
     learning_rate: float = 5e-4
     draft_vocab_size: int = 10240
     depth: int = 3  # steps of the training-time test
-    switches: list[str] = field(default_factory=list)  # of both heads: norm_before_residual, norm_output, fc_norm
+    switches: list[str] = field(default_factory=list)  # of both heads: norm_before_residual, norm_before_fc, ...
     attention: str | None = None  # theirs: simple_flex_attention (null on a GPU) | sdpa | eager (null on a CPU)
     chain: int = 3  # tokens drafted a step
     max_new_tokens: int = 96
@@ -213,27 +213,9 @@ def _training(rows: Sequence[dict[str, Any]], absolute: bool) -> str:
     return table(["head", "trained", *(["step, ms"] if absolute else []), "ratio", "loss"], lines)
 
 
-def named_only(argument: str) -> str:
-    """An argument without the place of a folder, which says nothing."""
-    name, equals, value = argument.partition("=")
-    return f"{name}={Path(value).name}" if equals and name in ("text", "heads") else argument
-
-
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, OmegaConf.to_yaml(OmegaConf.structured(Options)), sep="\n")
-        return
-    try:
-        options = parse_options(Options, [argument for argument in arguments if argument != "--render"], [])
-        results = Results(Path(options.results), NAME, render)
-        if "--render" not in arguments:
-            comparison = Comparison(options)
-            here = begin(NAME, [named_only(argument) for argument in arguments], options.revision)
-            results.measure(comparison.setup(), here, comparison.jobs())
-    except ValueError as error:
-        sys.exit(f"{NAME}: {error}")
-    results.write_report()
+    run_benchmark(NAME, __doc__, partial(parse_options, Options, sections=[]), Comparison, render, arguments)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ def head_tensors(config: Mapping[str, Any], seed: int = 0, sharpness: float = 3.
     tensors = {f"{name}.weight": torch.randn(n, k, generator=draw) * k**-0.5 for name, (n, k) in shapes.items()}
     tensors["lm_head.weight"] *= sharpness
     tensors |= {f"{name}.weight": 1 + 0.2 * torch.randn(hidden, generator=draw) for name in norms}
+    if config.get("norm_before_fc"):
+        tensors["input_norm.weight"] = 1 + 0.2 * torch.randn(taps * hidden, generator=draw)
     if drafts != vocab:
         ids = torch.randperm(vocab, generator=draw)[:drafts].sort().values
         marked = torch.zeros(vocab, dtype=torch.bool)

@@ -9,6 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heads import Tensors, head_config, head_tensors, in_fp8, random_head, write_head
+from hydra import compose, initialize_config_module
 from parity import error
 from safetensors.torch import load_file
 from test_gpu import stepped
 from torch import Tensor
 
+from specdec.composition import build
 from specdec.decoding import SamplingParams, SpeculativeDecoder
 from specdec.drafter import Drafter, _head
 from specdec.drafter.eagle3 import Eagle3
@@ -33,6 +36,8 @@ from specdec.sampling import warp
 from specdec.target.toy import Toy
 from specdec.testing import Replay, check_drafter
 from specdec.testing.drafters import PROMPTS
+from specdec.train.eagle3 import Eagle3Head
+from specdec.train.export import export
 from specdec.types import DraftInputs, DraftTree, ModelInputs, Sampling
 from specdec.verifier.rrs import RRS
 from specdec.verifier.speculative_sampling import SpeculativeSampling
@@ -45,6 +50,7 @@ if DEVICE.type == "cpu":
 
 W = 96
 NEAR = 1e-4
+SLIDING = {"layer_types": ["sliding_attention"], "sliding_window": 2048, "use_sliding_window": True}
 Text = list[int]
 
 
@@ -106,6 +112,8 @@ class Plain:
         """State and logits behind a text, its root last; features [len(text) - 1, F * H]."""
         seen: list[tuple[Tensor, Tensor]] = []
         for token, each in zip(text[1:], features.double(), strict=True):
+            if self.config.get("norm_before_fc"):
+                each = self.norm(each, "input_norm")
             if self.config.get("fc_norm"):
                 parts = each.view(len(self.config["feature_layers"]), -1)
                 each = torch.cat([self.norm(part, f"fc_norm.{i}") for i, part in enumerate(parts)])
@@ -228,7 +236,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "before_residual": {"norm_before_residual": True},
     "3.1": {"norm_output": True, "fc_norm": True},
-    "eps": {"rms_norm_eps": 0.3, "rope_theta": 100.0},
+    "speculators": {"norm_before_residual": True, "norm_output": True, "norm_before_fc": True},
+    "eps": {"rms_norm_eps": 0.3, "rope_theta": 100.0, "norm_before_fc": True},
 }
 
 
@@ -357,6 +366,40 @@ def test_the_gpus_kernels_compute_the_head(toy: Toy, options: str) -> None:
             results.append((states.clone(), *model(level, last, cache), model.logits(states)))
     for wanted, found in zip(*results, strict=True):
         assert error(found.cpu(), wanted.cpu()) < 1e-5
+
+
+# ---- training is inference -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_training_computes_the_head(tmp_path: Path, toy: Toy, options: str) -> None:
+    """With the same weights, at every step of its own outputs."""
+    folder = random_head(tmp_path, toy, W, **OPTIONS[options])
+    plain, tensors = Plain(folder, toy.embed), load_file(folder / "model.safetensors")
+    head = Eagle3Head(EagleConfig.from_dict(plain.config), tensors["d2t"], tensors["t2d"], depth=3)
+    head.load_state_dict(tensors)
+    rows = Rows(width(toy), toy.config.vocab_size)
+    rows.begin([7])
+    drafts = rows.random(2)
+    features = F.pad(rows.features[0], (0, 0, 0, len(drafts) + 1))
+    with torch.no_grad():
+        states = head(torch.tensor([rows.texts[0] + drafts]), features[None], toy.embed)
+        for j, state in enumerate(states):
+            wanted = plain.after(rows.texts[0], rows.features[0], drafts[:j])
+            assert error(head.logits(j, state[0, 5]), wanted) < NEAR, j
+
+
+def test_the_config_makes_a_head_with_a_norm_before_fc(tmp_path: Path, toy: Toy) -> None:
+    with initialize_config_module("specdec.conf", version_base="1.3"):
+        config = compose("train", overrides=["drafter=eagle3", "training.head.norm_before_fc=true"]).training.head
+    head = build(config, "training.head")(target=toy, d2t=None, t2d=None, seed=0)
+    with torch.no_grad():
+        head.input_norm.weight[0] = 1.001  # bfloat16 has no such number
+    export(head, tmp_path, "bfloat16", {})
+    drafter = made(tmp_path, toy, 1)
+    assert drafter.config == head.config
+    assert drafter.config.norm_before_fc
+    assert torch.equal(drafter.model.taps_norm, head.input_norm.weight.detach())
 
 
 # ---- in the loop -----------------------------------------------------------------------------------------------------
@@ -490,6 +533,7 @@ def test_a_name_is_a_folder_or_a_shipped_head(tmp_path: Path, toy: Toy, monkeypa
         ({"target_hidden_size": 128}, "hidden_size is 64, target_hidden_size 128"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"num_key_value_heads": 3}, "4 query heads do not share 3 KV heads"),
+        ({"norm_before_fc": True, "fc_norm": True}, "norm_before_fc=True and fc_norm=True: .* switch one of them off"),
     ],
 )
 def test_a_config_that_no_head_has(tmp_path: Path, toy: Toy, changes: dict[str, Any], words: str) -> None:
@@ -500,12 +544,38 @@ def test_a_config_that_no_head_has(tmp_path: Path, toy: Toy, changes: dict[str, 
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [
+        ({"sliding_window": 2048}, 4096),
+        ({"sliding_window": 2048, "use_sliding_window": False, "max_window_layers": 0}, 4096),
+        ({"sliding_window": 2048, "use_sliding_window": True, "max_window_layers": 28}, 4096),
+        ({"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}, 9),
+        (SLIDING | {"layer_types": ["full_attention"]}, 4096),
+        (SLIDING | {"sliding_window": None}, 4096),
+        (SLIDING | {"sliding_window": 5000}, 4096),
+        (SLIDING | {"use_sliding_window": False}, 2048),
+    ],
+)
+def test_a_head_with_a_window_is_made_for_so_many_positions(
+    tmp_path: Path, toy: Toy, changes: dict[str, Any], positions: int
+) -> None:
+    """Within its window attention over everything is the same; beyond it the loader warns, as of any head's limit."""
+    drafter = Eagle3(random_head(tmp_path, toy, W, **changes))
+    assert drafter.config.layer.max_positions == positions
+    limit = toy.config.max_positions
+    with pytest.warns(UserWarning, match=f"made for {positions} positions") if positions < limit else nullcontext():
+        drafter.setup(toy, 1, limit + 10, "any")
+
+
 def test_a_config_survives_its_json(toy: Toy) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 2048
     config = EagleConfig.from_dict(head_config(toy.config, W, norm_output=True, fc_norm=True, rope_scaling=scaling))
     assert EagleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert (config.norm_output, config.norm_before_residual) == (True, False)
+    assert (config.norm_output, config.norm_before_residual, config.norm_before_fc) == (True, False, False)
+    config = EagleConfig.from_dict(head_config(toy.config, W, norm_before_fc=True))
+    assert EagleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -534,6 +604,7 @@ def without(*names: str) -> Callable[[Tensors], Tensors]:
         (without("d2t"), "lacks d2t, and its config.json has draft_vocab_size 96 of vocab_size 260"),
         (without("d2t", "t2d"), "lacks d2t and t2d"),
         (without("fc.weight"), r"lacks fc\.weight"),
+        (lambda x: x | {"input_norm.weight": torch.ones(128)}, r"has in excess input_norm\.weight"),
         (lambda x: x | {"norm.bias": x["norm.weight"].clone()}, r"has in excess norm\.bias"),
         (lambda x: x | {"embed_tokens.weight": x["norm.weight"].clone()}, r"target's in shape, \[64\] and \[260, 64\]"),
         (lambda x: x | {"fc.weight": x["fc.weight"][1:].clone()}, r"fc\.weight is \[63, 128\] in .* \[64, 128\]"),

@@ -11,11 +11,13 @@ import pytest
 import torch
 from heads import Tensors, head_config, head_tensors, in_fp8, write_head
 from safetensors.torch import load_file, save_file
+from test_eagle import Rows, made, width
+from torch import Tensor
 
 from specdec.decoding import SpeculativeDecoder
 from specdec.drafter import _head
 from specdec.drafter.eagle3 import Eagle3
-from specdec.nn.eagle import default_feature_layers
+from specdec.nn.eagle import SWITCHES, default_feature_layers
 from specdec.target.toy import Toy
 from specdec.train.speculators import main
 from specdec.verifier.target_only import TargetOnly
@@ -30,23 +32,24 @@ def safeailab(config: dict[str, Any], tensors: Tensors, toy: Toy) -> tuple[dict[
 
 
 def nvidia(config: dict[str, Any], tensors: Tensors, toy: Toy) -> tuple[dict[str, Any], Tensors]:
-    """Layers counted after."""
+    """Layers counted after, and switches beside them."""
     config = dict(config)
     inner = {"eagle_aux_hidden_state_layer_ids": config.pop("feature_layers"), "use_aux_hidden_state": True}
+    inner |= {key: config.pop(key) for key in SWITCHES if key in config}
     return config | {"eagle_config": inner}, tensors
 
 
 def speculators(config: dict[str, Any], tensors: Tensors, toy: Toy) -> tuple[dict[str, Any], Tensors]:
     """Layers counted before; the layer's config inside, its tensors under another name."""
     outside = ("architectures", "feature_layers", "draft_vocab_size", "target_hidden_size")
-    layer = {key: value for key, value in config.items() if key not in outside}
+    layer = {key: value for key, value in config.items() if key not in (*outside, *SWITCHES)}
     whole = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
         "transformer_layer_config": layer,
         "draft_vocab_size": config["draft_vocab_size"],
         "eagle_aux_hidden_state_layer_ids": [i + 1 for i in config["feature_layers"]],
-        "norm_before_residual": False,
+        **{key: config.get(key, False) for key in SWITCHES},
     }
     return whole, {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}
 
@@ -58,11 +61,17 @@ def drafted(folder: Path, toy: Toy) -> tuple[float, list[list[int]], tuple[int, 
     return result.trace.acceptance_length, result.tokens, tuple(drafter.features)  # type: ignore[arg-type]
 
 
+def proposed(folder: Path, toy: Toy) -> Tensor:
+    """What the head proposes behind two random texts."""
+    rows = Rows(width(toy), toy.config.vocab_size)
+    return made(folder, toy, 2, structure=[4, 2]).propose(rows.inputs(rows.begin([9, 5]), 3)).tokens
+
+
 def written(layout: Layout, folder: Path, toy: Toy, drafts: int | None = 96, **changes: Any) -> Path:
-    config = head_config(toy.config, drafts)
+    config = head_config(toy.config, drafts, **changes)
     config, tensors = layout(config, head_tensors(config), toy)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -75,6 +84,23 @@ def test_every_layout_is_the_same_head(layout: Layout, drafts: int | None, tmp_p
     own = drafted(tmp_path / "own", toy)
     assert own[2] == default_feature_layers(toy.config.num_layers)
     assert drafted(written(layout, tmp_path / "published", toy, drafts), toy) == own
+
+
+@pytest.mark.parametrize("layout", [safeailab, nvidia, speculators])
+def test_every_layout_has_the_switches(layout: Layout, tmp_path: Path, toy: Toy) -> None:
+    """Those that speculators trains with by default; the norm before fc is a tensor that nothing else can stand for."""
+    switches = {"norm_before_residual": True, "norm_output": True, "norm_before_fc": True}
+    config = head_config(toy.config, 96, **switches)
+    own = proposed(write_head(tmp_path / "own", config, head_tensors(config)), toy)
+    folder = written(layout, tmp_path / "published", toy, **switches)
+    assert torch.equal(proposed(folder, toy), own)
+    named = load_file(folder / "model.safetensors")
+    norm = named.pop("input_norm.weight")
+    save_file(named | {"input_norm.weight": norm.roll(64)}, folder / "model.safetensors")
+    assert not torch.equal(proposed(folder, toy), own)
+    save_file(named, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks input_norm\.weight"):
+        proposed(folder, toy)
 
 
 def test_the_wrong_convention_is_another_head(tmp_path: Path, toy: Toy) -> None:
@@ -98,8 +124,8 @@ def test_the_wrong_convention_is_another_head(tmp_path: Path, toy: Toy) -> None:
 
 
 def test_what_is_not_computed_is_named(tmp_path: Path, toy: Toy) -> None:
-    with pytest.raises(ValueError, match="norm_before_fc is on"):
-        Eagle3(written(speculators, tmp_path / "a", toy, norm_before_fc=True))
+    with pytest.raises(ValueError, match="use_mtp_layernorm is on"):
+        Eagle3(written(nvidia, tmp_path / "a", toy, use_mtp_layernorm=True))
     folder = written(speculators, tmp_path / "b", toy)
     config = json.loads((folder / "config.json").read_text())
     config["transformer_layer_config"]["model_type"] = "qwen3"
@@ -130,18 +156,24 @@ def test_embeddings_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         assert _head._distance(theirs, ours) == pytest.approx(float((theirs - ours).norm() / ours.norm()))
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_ours_goes_out_and_comes_back(fp8: bool, tmp_path: Path, toy: Toy) -> None:
-    config = head_config(toy.config, 96)
-    tensors = {name: x.bfloat16() if x.is_floating_point() else x for name, x in head_tensors(config).items()}
+@pytest.mark.parametrize(
+    ("fp8", "switches"), [(False, {}), (True, {}), (False, {"norm_before_fc": True}), (False, {"fc_norm": True})]
+)
+def test_ours_goes_out_and_comes_back(fp8: bool, switches: dict[str, bool], tmp_path: Path, toy: Toy) -> None:
+    config = head_config(toy.config, 96, **switches)
+    tensors = {name: x.bfloat16() if x.dim() > 1 else x for name, x in head_tensors(config).items()}
     write_head(tmp_path / "own", config, in_fp8(tensors) if fp8 else tensors)
     main([str(tmp_path / "own"), str(tmp_path / "out"), "--verifier", "some/model"])
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["eagle_aux_hidden_state_layer_ids"] == [i + 1 for i in config["feature_layers"]]
     there, back = drafted(tmp_path / "own", toy), drafted(tmp_path / "out", toy)
     assert there[1:] == back[1:]
+    vectors = {name for name, x in tensors.items() if x.dim() == 1 and x.is_floating_point()}
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(out[name.replace("midlayer.", "layers.0.")], tensors[name]) for name in vectors)
     if not fp8:  # multiplied out in bfloat16, FP8 weights may round otherwise
         assert there == back
+        assert torch.equal(proposed(tmp_path / "own", toy), proposed(tmp_path / "out", toy))
 
 
 def test_what_is_not_ours_does_not_go_out(tmp_path: Path, toy: Toy) -> None:

@@ -28,37 +28,42 @@ Parsed = tuple[Any, Rename, Mapping[str, Any]]  # the head's config, names of it
 
 
 class FeatureDrafter(Drafter):
-    """Makes entries, keeps the cache and grows the structure; a subclass reads config.json and loads the head.
+    """Makes entries, keeps the cache and grows the structure; a subclass parses config.json and loads the head.
 
     Of the features of what a step committed the head makes entries in its cache, behind the earlier ones; drafts go on from
     the last entry, each from the state of the one before, and their entries are overwritten by the next step's true ones.
     """
 
     trained = True
-    config: Any  # of the head; `layer` describes its one layer
+    kind: str  # "EAGLE-3", for errors
+    config: Any  # of the head; `layer` describes its one layer, `feature_layers` what it reads
     model: Any  # the head, packed: `EagleModel` or one with the same methods
 
     def __init__(
         self,
         checkpoint: str | Path,
-        num_draft_tokens: int,
-        structure: Structure | Sequence[int] | None,
-        prefill_chunk: int,
-        parse: Callable[[Mapping[str, Any]], Parsed],
-        kind: str,
+        num_draft_tokens: int = 3,
+        structure: Structure | Sequence[int] | None = None,
+        prefill_chunk: int = 256,
     ) -> None:
-        """parse: what a config.json says; kind: "EAGLE-3", for errors."""
+        """prefill_chunk: prompt tokens a pass. ValueError: no head of this kind, or sizes that make no draft."""
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={prefill_chunk}: the prompt needs chunks of at least one token")
         self.structure = as_structure(structure, num_draft_tokens)
         self.folder = find_head(checkpoint)
-        self.config, self.rename, self.card = read_config(self.folder, parse, kind)
+        self.config, self.rename, self.card = read_config(self.folder, self.parse, self.kind)
+        self.features = self.config.feature_layers
         self.prefill_chunk = prefill_chunk
         self.laws, self.depth = self.structure.laws, self.structure.depth
         self.num_draft_tokens = self.structure.num_draft_tokens
         self._target: Any = None
         self._cache: KVCache | None = None
         self._warned = False
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, config: Mapping[str, Any]) -> Parsed:
+        """What a config.json says; ValueError names the first thing that no head of this kind has."""
 
     @abstractmethod
     def load(self, target: Any) -> Any:

@@ -11,11 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.nn.eagle import ARCHITECTURE
+from specdec.nn.eagle import ARCHITECTURE, SWITCHES
 
 __all__ = ["Format", "format_of"]
-
-_UNKNOWN = {"norm_before_fc": "an RMSNorm over all features at once", "use_mtp_layernorm": "MTP's layer norms"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +40,25 @@ def _own(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _published(config: Mapping[str, Any]) -> dict[str, Any]:
     """SafeAILab, SpecForge, NVIDIA: a Llama config with draft_vocab_size; the layers in eagle_config, if anywhere."""
-    inner = config.get("eagle_config") or {}
+    inner = config.get("eagle_config") or {}  # where NVIDIA has switches, too
+    if {**config, **inner}.get("use_mtp_layernorm"):
+        raise ValueError(
+            "use_mtp_layernorm is on (MTP's layer norms), which is not computed here: take a head without it"
+        )
     layers = inner.get("eagle_aux_hidden_state_layer_ids") or config.get("eagle_aux_hidden_state_layer_ids")
-    _refuse({**config, **inner})
-    return {**config, "feature_layers": layers}
+    return {**config, **{key: inner[key] for key in SWITCHES if key in inner}, "feature_layers": layers}
 
 
 def _speculators(config: Mapping[str, Any]) -> dict[str, Any]:
     """vllm-project/speculators: the layer's config inside, layers counted before."""
-    _refuse(config)
     layers = config.get("eagle_aux_hidden_state_layer_ids")
-    switches = {key: config[key] for key in ("norm_before_residual", "norm_output", "fc_norm") if key in config}
     return {
         **config["transformer_layer_config"],
-        **switches,
+        **{key: config[key] for key in SWITCHES if key in config},
         "architectures": [ARCHITECTURE],
         "draft_vocab_size": config.get("draft_vocab_size"),
         "feature_layers": None if layers is None else [layer - 1 for layer in layers],
     }
-
-
-def _refuse(config: Mapping[str, Any]) -> None:
-    for key, meaning in _UNKNOWN.items():
-        if config.get(key):
-            raise ValueError(f"{key} is on ({meaning}), which is not computed here: take a head without it")
 
 
 OWN = Format("specdec", _own)

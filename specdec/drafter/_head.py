@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import reference
-from specdec.nn.eagle import draft_ids
+from specdec.nn.head import draft_ids
 from specdec.types import DraftInputs
 from specdec.weights import checkpoint as checkpoints
 

@@ -5,14 +5,12 @@ With structure=dynamic the trees are EAGLE-2's (2406.16858).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from specdec.drafter._eagle import FeatureDrafter, Parsed
 from specdec.drafter._head import check_embedding, load_head, operations
 from specdec.nn.eagle1 import Eagle1Config, Eagle1Model
-from specdec.structure import Structure
 
 __all__ = ["Eagle"]
 
@@ -20,16 +18,12 @@ __all__ = ["Eagle"]
 class Eagle(FeatureDrafter):
     """Drafts with an EAGLE-1 head; checkpoint: its folder or its name on the Hub, ours or SafeAILab's as safetensors."""
 
-    features = ("hidden",)
+    kind = "EAGLE-1"
 
-    def __init__(
-        self,
-        checkpoint: str | Path,
-        num_draft_tokens: int = 3,
-        structure: Structure | Sequence[int] | None = None,
-        prefill_chunk: int = 256,
-    ) -> None:
-        super().__init__(checkpoint, num_draft_tokens, structure, prefill_chunk, _parse, "EAGLE-1")
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Parsed:
+        """A head's config.json, which is the same in both formats."""
+        return Eagle1Config.from_dict(config), _rename, config.get("specdec", {})
 
     def load(self, target: Any) -> Eagle1Model:
         self.config.check(target.config)
@@ -37,11 +31,6 @@ class Eagle(FeatureDrafter):
         model = load_head(Eagle1Model, self.config, self.folder, target, self.rename)
         model.pack(operations(target, self.config.layer), target.embed, target.lm_head)
         return model
-
-
-def _parse(config: Mapping[str, Any]) -> Parsed:
-    """A head's config.json, which is the same in both formats."""
-    return Eagle1Config.from_dict(config), _rename, config.get("specdec", {})
 
 
 def _rename(name: str) -> str | None:

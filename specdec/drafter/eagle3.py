@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from specdec.drafter._eagle import FeatureDrafter, Parsed
 from specdec.drafter._eagle_formats import format_of
 from specdec.drafter._head import check_embedding, load_head, operations
 from specdec.nn import EagleConfig, EagleModel
-from specdec.structure import Structure
 
 __all__ = ["Eagle3"]
 
@@ -18,15 +16,13 @@ __all__ = ["Eagle3"]
 class Eagle3(FeatureDrafter):
     """Drafts with an EAGLE-3 head; checkpoint: its folder, the name of one that ships, or one on the Hub (`_eagle_formats`)."""
 
-    def __init__(
-        self,
-        checkpoint: str | Path,
-        num_draft_tokens: int = 3,
-        structure: Structure | Sequence[int] | None = None,
-        prefill_chunk: int = 256,
-    ) -> None:
-        super().__init__(checkpoint, num_draft_tokens, structure, prefill_chunk, _parse, "EAGLE-3")
-        self.features = self.config.feature_layers
+    kind = "EAGLE-3"
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Parsed:
+        """A head's config.json, in whichever format it is."""
+        found = format_of(config)
+        return EagleConfig.from_dict(found.translate(config)), found.rename, config.get("specdec", {})
 
     def load(self, target: Any) -> EagleModel:
         self.config = self.config.for_target(target.config)
@@ -35,9 +31,3 @@ class Eagle3(FeatureDrafter):
         model = load_head(EagleModel, self.config, self.folder, target, self.rename)
         model.pack(operations(target, self.config.layer), target.embed)
         return model
-
-
-def _parse(config: Mapping[str, Any]) -> Parsed:
-    """A head's config.json, in whichever format it is."""
-    found = format_of(config)
-    return EagleConfig.from_dict(found.translate(config)), found.rename, config.get("specdec", {})

@@ -9,34 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels.reference import AttentionRule, stack
 from specdec.nn.cache import KVCache
 from specdec.nn.config import ModelConfig
-from specdec.nn.eagle import check_layer, describe_layer, draft_ids, read_layer
+from specdec.nn.head import HeadConfig, HeadModel, check_layer, describe_layer, read_layer
 from specdec.nn.layers import MLP, Attention, Linears, Norm, Projection, weight
-from specdec.nn.rope import rope_tables
 from specdec.types import ModelInputs
 
 ARCHITECTURE = "LlamaForCausalLM"  # in SafeAILab's config.json, which is the target's but for the number of layers
 
 
 @dataclass(frozen=True, slots=True)
-class Eagle1Config:
+class Eagle1Config(HeadConfig):
     """What a head is: its config.json."""
 
-    layer: ModelConfig  # the one layer: Llama's sizes, norms and RoPE; hidden_size and vocab_size are the target's
-    draft_vocab_size: int
+    feature_layers: ClassVar[tuple[str, ...]] = ("hidden",)  # of every such head
     bias: bool = True  # of fc; SafeAILab's code takes a config.json without it for one that has it
-
-    @property
-    def is_reduced(self) -> bool:
-        """Whether the draft vocabulary is a part of the target's, which d2t and t2d then describe."""
-        return self.draft_vocab_size != self.layer.vocab_size
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Eagle1Config:
@@ -76,43 +68,22 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size)
 
 
-class Eagle1Model(nn.Module):
-    """The head over a cache of its own. Load the parameters, which have the checkpoint's names, then `pack` once, then call."""
-
-    d2t: Tensor
-    t2d: Tensor
+class Eagle1Model(HeadModel):
+    """The head. Load the parameters, which have the checkpoint's names, then `pack` once, then call."""
 
     def __init__(self, config: Eagle1Config, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = config
-        self.dtype = dtype
+        super().__init__(config, dtype)
         self.fc = _Fuse(config, dtype)
         self.layers = nn.ModuleList([_Layer(config.layer, Linears(dtype))])
-        if config.is_reduced:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-            self.register_buffer("t2d", torch.zeros(config.layer.vocab_size, dtype=torch.bool))
-        self.cos = self.sin = torch.empty(0)
 
     def pack(self, ops: Any, embedding: Tensor, lm_head: Tensor) -> None:
         """Give the weights to a backend, and let the originals go. embedding, lm_head [V, H]: the target's."""
-        self.ops, self.replay, self.embedding = ops, ops.Replay(), embedding
-        self.eps, self.rule = self.config.layer.rms_norm_eps, AttentionRule()
-        self.token_ids = draft_ids(self.d2t, self.t2d) if self.config.is_reduced else None
         layer: _Layer = self.layers[0]  # type: ignore[assignment]
-        attn = layer.self_attn
+        self.pack_layer(ops, embedding, layer.self_attn, layer.mlp)
         self.bias = None if self.fc.bias is None else self.fc.bias.data
         self.fuser, self.mlp_norm = ops.pack(self.fc.value()), layer.post_attention_layernorm.weight.data
-        qkv = stack([attn.q_proj.value(), attn.k_proj.value(), attn.v_proj.value()])
-        self.qkv, self.o = ops.pack_heads(qkv, self.config.layer.head_dim), ops.pack(attn.o_proj.value())
-        self.gate_up, self.down = layer.mlp.values(ops)
         self.head = ops.pack(lm_head if self.token_ids is None else lm_head[self.token_ids])
         del self.layers, self.fc
-        self.set_positions(256)
-
-    def set_positions(self, positions: int) -> None:
-        """Make the rotary tables cover that many positions."""
-        if self.cos.shape[0] < positions:
-            self.cos, self.sin = rope_tables(self.config.layer, positions, self.embedding.device)
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features [M, H] as `forward` takes them, f32: they are what the head predicts itself."""
@@ -128,7 +99,7 @@ class Eagle1Model(nn.Module):
         """
 
         def stretch(x: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor | None]:
-            self._layer(x, inputs, cache)
+            self.advance(x, x, inputs, cache)
             return x, self.logits(x) if logits else None
 
         pair = torch.cat([self.embedding[inputs.tokens.flatten()].float(), hidden], -1)
@@ -138,14 +109,6 @@ class Eagle1Model(nn.Module):
         key = (logits, cache.keys.data_ptr(), cache.keys.shape, self.cos.shape[0])
         result: tuple[Tensor, Tensor | None] = self.replay(key, stretch, y, inputs)
         return result
-
-    def _layer(self, x: Tensor, inputs: ModelInputs, cache: KVCache) -> None:
-        """Advance the residual stream x f32 [M, H] in place."""
-        ops, eps = self.ops, self.eps
-        where = cache.keys[0], cache.values[0], inputs, self.cos, self.sin, self.rule
-        ops.add_linear(x, ops.norm_attention(x, None, eps, self.qkv, *where), self.o, self.mlp_norm)
-        ops.add_linear(x, ops.norm_swiglu(x, self.mlp_norm, eps, self.gate_up), self.down)
-        ops.flush(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of features that `forward` returned, f32 [M, H] -> f32 [M, W]."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.nn.eagle import draft_ids
+from specdec.nn.head import draft_ids
 from specdec.nn.layers import Linears, weight
 
 ARCHITECTURES = {"MedusaModel": False, "HydraModel": True}  # and whether heads see the tokens in between

@@ -167,6 +167,8 @@ class Eagle3Head(ChainHead):
     def __init__(self, config: EagleConfig, d2t: Tensor | None, t2d: Tensor | None, depth: int) -> None:
         super().__init__(config, depth, config.feature_layers)
         hidden, eps = config.layer.hidden_size, config.layer.rms_norm_eps
+        if config.norm_before_fc:
+            self.input_norm = Norm(len(self.taps) * hidden, eps)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(Norm(hidden, eps) for _ in self.taps)
         self.fc = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
@@ -180,6 +182,8 @@ class Eagle3Head(ChainHead):
         return result
 
     def reduce(self, features: Tensor) -> Tensor:
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
         if self.config.fc_norm:
             parts = features.chunk(len(self.taps), -1)
             features = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], -1)
@@ -203,13 +207,14 @@ def make_head(
     intermediate_size: int | None = None,
     norm_before_residual: bool = False,
     norm_output: bool = False,
+    norm_before_fc: bool = False,
     fc_norm: bool = False,
 ) -> Eagle3Head:
     """A fresh head for a target, on the CPU in f32. taps None: `default_feature_layers`; intermediate_size None: the target's.
 
     The layer starts small and random, fc lets the last tap through, lm_head (rows of the draft vocabulary) and norm are the
     target's own: the head begins as an early exit of the target, and only the step to the next token is to be learnt.
-    ValueError: a target whose layers are not known, or that lacks a tapped one.
+    ValueError: a target whose layers are not known, or that lacks a tapped one; both norms before fc.
     """
     layer, sizes = one_layer(target, intermediate_size), target.config
     config = EagleConfig(
@@ -218,6 +223,7 @@ def make_head(
         feature_layers=default_feature_layers(sizes.num_layers) if taps is None else tuple(taps),
         norm_before_residual=norm_before_residual,
         norm_output=norm_output,
+        norm_before_fc=norm_before_fc,
         fc_norm=fc_norm,
     )
     config.check(sizes)

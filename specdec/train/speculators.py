@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.nn.eagle import EagleConfig
+from specdec.nn.eagle import SWITCHES, EagleConfig
 from specdec.train.checkpoint import write_folder
 from specdec.weights import checkpoint
 
 __all__ = ["main", "to_speculators"]
 
 _OUTSIDE = ("architectures", "draft_vocab_size", "feature_layers", "target_hidden_size", "specdec")
-_SWITCHES = ("norm_before_residual", "norm_output", "fc_norm")
 
 
 def to_speculators(head: Path, place: Path, verifier: str, num_draft_tokens: int = 3) -> None:
-    """Write folder `head` to folder `place`: weights in bfloat16, layers counted "before" (see drafter._eagle_formats).
+    """Write folder `head` to folder `place`: layers counted "before" (see drafter._eagle_formats), matrices in bfloat16.
 
+    Norms stay in f32: the package reads every tensor in the one dtype of its model, and read here again they are exact.
     verifier: the target's folder or Hub name, as the other engine knows it. ValueError: no head of ours, or no layers named.
     """
     described = checkpoint.read_config(head)
     config = EagleConfig.from_dict(described)
     if not config.feature_layers:
         raise ValueError(f"{head} names no feature_layers: give the folder of a head that `specdec train` made")
-    inside = {key: value for key, value in config.to_dict().items() if key not in (*_OUTSIDE, *_SWITCHES)}
+    inside = {key: value for key, value in config.to_dict().items() if key not in (*_OUTSIDE, *SWITCHES)}
     written: dict[str, Any] = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
@@ -42,7 +42,7 @@ def to_speculators(head: Path, place: Path, verifier: str, num_draft_tokens: int
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.layer.hidden_size,
         "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in config.feature_layers],
-        **{key: getattr(config, key) for key in _SWITCHES},
+        **{key: getattr(config, key) for key in SWITCHES},
         "speculators_config": {
             "algorithm": "eagle3",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}],
@@ -55,7 +55,7 @@ def to_speculators(head: Path, place: Path, verifier: str, num_draft_tokens: int
 
 
 def _tensors(head: Path) -> dict[str, Tensor]:
-    """Under their names; FP8 multiplied out."""
+    """Under their names; matrices in bfloat16, FP8 multiplied out."""
     ours = {name: tensor.read() for name, tensor in checkpoint.iter_tensors(head)}
     found = {}
     for name, tensor in ours.items():
@@ -63,8 +63,7 @@ def _tensors(head: Path) -> dict[str, Tensor]:
             continue
         if f"{name}_scale" in ours:
             tensor = tensor.float() * ours[f"{name}_scale"][:, None]
-        value = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        found[name.replace("midlayer.", "layers.0.", 1)] = value
+        found[name.replace("midlayer.", "layers.0.", 1)] = tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor
     return found
 
 
