@@ -17,6 +17,7 @@ from parity import error
 from torch import Tensor
 
 from specdec.kernels import reference
+from specdec.kernels.gpu import attention as gpu_attention
 from specdec.kernels.gpu import ops as gpu_ops
 from specdec.kernels.gpu.attention import SPLIT
 from specdec.kernels.gpu.ops import Ops
@@ -104,11 +105,10 @@ class Case:
         return reference.norm_attention(*arguments), keys, values
 
     def found(self, ops: Ops, rule: AttentionRule) -> tuple[Tensor, Tensor, Tensor]:
-        """The kernels', from copies; their counters are zero again."""
+        """The kernels', from copies."""
         x, norm, keys, values, *angles = map(on, (self.x, self.norm, self.keys, self.values, *self.angles))
         weight = ops.pack_heads(on(self.weight), keys.shape[3])
         out = ops.norm_attention(x, norm, EPS, weight, keys, values, on(self.inputs), *angles, on(rule))
-        assert int(ops.arrived.count_nonzero()) == 0
         return out.cpu(), keys.cpu(), values.cpu()
 
 
@@ -182,6 +182,15 @@ def test_borders(prefix: int, tokens: int) -> None:
     check(Case(inputs_of(TreeShape(regular_paths([1] * (tokens - 1))), [prefix]), torch.float32), AttentionRule())
 
 
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("chunk", [0, 96])
+def test_many_splits(shape: TreeShape, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are added at once, and fewer; the chunk begins among them. The reference knows nothing of splits."""
+    monkeypatch.setattr(gpu_attention, "SPLIT", 16)
+    monkeypatch.setattr(gpu_attention, "WAYS", 4)
+    check(Case(inputs_of(shape, [213, 60, 20]), torch.float32), AttentionRule(chunk=chunk))
+
+
 @pytest.mark.parametrize(("shape", "dtype"), [(CHAIN, torch.float32), (TREE, torch.bfloat16)])
 def test_level_by_level_is_all_at_once(dtype: torch.dtype, shape: TreeShape) -> None:
     """Drafting runs one level at a time, with earlier ones read from the cache: same values, and as the reference says."""
@@ -219,7 +228,7 @@ def test_a_wrong_path_is_caught() -> None:
 
 @pytest.mark.parametrize("fault", ["half", "prefix", "split"])
 def test_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative controls: the angle of the other direction, a prefix one too short, a counter that was left behind."""
+    """Negative controls: the angle of the other direction, a prefix one too short, a split that is not added."""
     case, ops = Case(inputs_of(CHAIN, [190]), torch.float32), Ops(DEVICE)
     wanted = case.wanted(AttentionRule())[0]
     if fault == "half":
@@ -227,8 +236,11 @@ def test_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif fault == "prefix":
         case.inputs = replace(case.inputs, prefix_lens=case.inputs.prefix_lens - 1)
     else:
-        if DEVICE.type == "cuda":
-            pytest.skip("whether the program that is not waited for comes too late is chance")
-        ops.arrived[0] = 1
-        monkeypatch.setattr(torch.Tensor, "count_nonzero", lambda _: 0)
+        combine = gpu_attention.add_splits_kernel
+
+        class Shorter:
+            def __getitem__(self, grid: tuple[int, ...]) -> Any:
+                return lambda *given, **options: combine[grid](*given, **{**options, "SPLIT": 2 * SPLIT})
+
+        monkeypatch.setattr(gpu_attention, "add_splits_kernel", Shorter())
     assert error(case.found(ops, AttentionRule())[0].nan_to_num(), wanted) > 0.01

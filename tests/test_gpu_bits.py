@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.decoding import SpeculativeDecoder
 from specdec.drafter.none import NoDraft
 from specdec.drafter.small_model import SmallModel
+from specdec.kernels.gpu import attention as gpu_attention
 from specdec.nn import ModelConfig
 from specdec.target.backends import DTYPES
 from specdec.target.llama import Llama
@@ -118,6 +119,18 @@ def test_every_width_up_to_64(name: str) -> None:
     first = start(target, [text[:PREFIX]], 64)
     assert torch.equal(first[0], logits[PREFIX - 1])
     for nodes in range(1, 65):
+        found = target.verify(chain(text[None, PREFIX : PREFIX + nodes])).logits[0]
+        assert torch.equal(found, logits[PREFIX : PREFIX + nodes]), nodes
+
+
+@torch.inference_mode()
+def test_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long context in small: more splits than are added at once, however many tokens there are."""
+    monkeypatch.setattr(gpu_attention, "SPLIT", 16)
+    monkeypatch.setattr(gpu_attention, "WAYS", 4)
+    target, (text, logits) = shared("wide"), known.__wrapped__("wide")
+    start(target, [text[:PREFIX]], 64)
+    for nodes in (1, 2, 5, 19, 64):
         found = target.verify(chain(text[None, PREFIX : PREFIX + nodes])).logits[0]
         assert torch.equal(found, logits[PREFIX : PREFIX + nodes]), nodes
 

@@ -1,4 +1,4 @@
-"""Attention of a few tokens over a long cache in one launch: split keys, ordered combine.
+"""Attention of a few tokens over a long cache: every split of the keys by itself, then their ordered sum.
 
 B rows, T tokens, H query heads, G KV heads, R = H / G, E head size, C cache slots. Queries come rotated and scaled, keys and
 values of this forward lie in their slots (heads.py). A split is SPLIT positions from a multiple of SPLIT on, so keys are
@@ -22,43 +22,20 @@ from specdec.types import ModelInputs
 
 ROWS = 16  # query rows of a program: TILE tokens of R heads each, padded
 SPLIT = 128  # positions that a program sees
-
-
-@triton.jit
-def fold(best, total, acc, m, t, a):
-    """Add one split's result to a running softmax (2205.14135): largest score, weight, and weighted values."""
-    higher = tl.maximum(best, m)
-    base = tl.where(higher > float("-inf"), higher, 0.0)
-    shrink, grow = tl.exp(best - base), tl.exp(m - base)
-    return higher, total * shrink + t * grow, acc * shrink[:, None] + a * grow[:, None]
-
-
-@triton.jit
-def load_split(sums, weights, at, mask, E: tl.constexpr):
-    """What a program left of its rows; of a split that does not exist nothing is read, and nothing will be added."""
-    lane, channel = tl.arange(0, 16), tl.arange(0, E)
-    there = mask & (lane * 0 + at >= 0)
-    m = tl.load(weights + at * 32 + lane, there, other=float("-inf"), cache_modifier=".cg")
-    t = tl.load(weights + at * 32 + 16 + lane, there, other=0.0, cache_modifier=".cg")
-    where = (at * 16 + lane)[:, None] * E + channel[None, :]
-    return m, t, tl.load(sums + where, there[:, None], other=0.0, cache_modifier=".cg")
+WAYS = 8  # splits whose sums are loaded at once
 
 
 @triton.jit(do_not_specialize=["T", "C", "offset", "width", "chunk"])
 def attention_kernel(
-    q, keys, values, positions, prefix_lens, paths, sums, weights, arrived, out, largest, next_scale,
-    T, C, offset, width, chunk,
+    q, keys, values, positions, prefix_lens, paths, sums, weights, T, C, offset, width, chunk,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    TREE: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr,
-    PDL: tl.constexpr,
+    TREE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """q [B*T, H*E], keys and values [B, G, C, E] -> out [B*T, H*E]; a program owns one split of TILE tokens of one KV head.
+    """q [B*T, H*E] over keys and values [B, G, C, E]; a program owns one split of TILE tokens of one KV head.
 
-    paths int32 [B, T, width] with TREE (then TILE = 1). sums f32 [programs, 16, E] and weights f32 [programs, 2, 16] carry
-    what a split found; the last program to arrive adds the splits in order. `arrived` int32, one for each group of splits, is
-    zero before and after. An out in e4m3 is rounded by next_scale. LARGEST: the largest magnitude of each token's results,
-    f32 [B*T, G]. Splits that hold none of this
-    forward's keys are loaded before the wait.
+    paths int32 [B, T, width] with TREE (then TILE = 1). It leaves sums f32 [programs, 16, E], the values weighted by e to their
+    scores less the largest one, and weights f32 [programs, 2, 16], that score and the sum of the exponentials. A split that its
+    tokens do not see leaves nothing. Splits that hold none of this forward's keys are loaded before the wait.
     """
     R: tl.constexpr = H // G
     PAD: tl.constexpr = 16 if TREE else 16 // TILE
@@ -74,9 +51,7 @@ def attention_kernel(
     oldest = position // chunk * chunk if CHUNK else tl.zeros((16,), tl.int32)
     start = tl.load(positions + b * T + first)  # a tile is a piece of a chain, or one token
     last = tl.load(positions + b * T + tl.minimum(first + TILE, T) - 1)
-    low = (start // chunk * chunk if CHUNK else 0) // SPLIT
-    high = last // SPLIT
-    if (split < low) | (split > high):
+    if (split < (start // chunk * chunk if CHUNK else 0) // SPLIT) | (split > last // SPLIT):
         wait(PDL)
         return
     at = split * SPLIT + tl.arange(0, SPLIT)
@@ -100,40 +75,56 @@ def attention_kernel(
     score = tl.where(seen, score, float("-inf"))
     best = tl.max(score, 1)
     p = tl.exp(score - tl.where(best > float("-inf"), best, 0.0)[:, None])
-    total = tl.sum(p, 1)
     acc = tl.dot(p.to(dtype), v, input_precision="ieee")
-    if high > low:
-        group = tl.program_id(2) * G + g
-        mine = group * tl.num_programs(0) + split
-        tl.store(sums + (mine * 16 + lane)[:, None] * E + channel[None, :], acc)
-        tl.store(weights + mine * 32 + lane, best)
-        tl.store(weights + mine * 32 + 16 + lane, total)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + group, 1, sem="acq_rel") < high - low:
-            return
-        tl.store(arrived + group, 0)
-        best = tl.full((16,), float("-inf"), tl.float32)
-        total = tl.zeros((16,), tl.float32)
-        acc = tl.zeros((16, E), tl.float32)
-        for s in range(low, high + 1, 4):  # four at a time, so that their loads overlap
-            theirs = group * tl.num_programs(0) + s
-            m0, t0, a0 = load_split(sums, weights, theirs, mask, E)
-            m1, t1, a1 = load_split(sums, weights, tl.where(s + 1 <= high, theirs + 1, -1), mask, E)
-            m2, t2, a2 = load_split(sums, weights, tl.where(s + 2 <= high, theirs + 2, -1), mask, E)
-            m3, t3, a3 = load_split(sums, weights, tl.where(s + 3 <= high, theirs + 3, -1), mask, E)
-            best, total, acc = fold(best, total, acc, m0, t0, a0)
-            best, total, acc = fold(best, total, acc, m1, t1, a1)
-            best, total, acc = fold(best, total, acc, m2, t2, a2)
-            best, total, acc = fold(best, total, acc, m3, t3, a3)
-    result = (acc / total[:, None]).to(dtype)
+    mine = (tl.program_id(2) * G + g) * tl.num_programs(0) + split
+    tl.store(weights + mine * 32 + lane, best)
+    tl.store(weights + mine * 32 + 16 + lane, tl.sum(p, 1))
+    tl.store(sums + (mine * 16 + lane)[:, None] * E + channel[None, :], acc, mask[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "splits", "chunk"])
+def add_splits_kernel(
+    sums, weights, positions, out, largest, next_scale, T, splits, chunk,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WAYS: tl.constexpr,
+    TREE: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One softmax (2205.14135) of what `attention_kernel` left of one token's head, in the order of splits: out [B*T, H*E].
+
+    WAYS splits are added at once, from multiples of WAYS on, so that the order is a matter of positions. An out in e4m3 is
+    rounded by next_scale. LARGEST: the largest magnitude, too: f32 [B*T, H].
+    """
+    R: tl.constexpr = H // G
+    PAD: tl.constexpr = 16 if TREE else 16 // TILE
+    row, head = tl.program_id(0), tl.program_id(1)
+    b, token = row // T, row % T
+    lane = token % TILE * PAD + head % R
+    here = ((b * tl.cdiv(T, TILE) + token // TILE) * G + head // R) * splits
+    position = tl.load(positions + row)
+    low, high = (position // chunk * chunk if CHUNK else 0) // SPLIT, position // SPLIT
+    way, channel = tl.arange(0, WAYS), tl.arange(0, E)
+    best = tl.max(tl.full((WAYS,), float("-inf"), tl.float32), 0)
+    total = tl.sum(tl.zeros((WAYS,), tl.float32), 0)
+    acc = tl.zeros((E,), tl.float32)
+    wait(PDL)
+    for begin in range(low // WAYS * WAYS, high + 1, WAYS):
+        split = begin + way
+        there = (split >= low) & (split <= high)
+        m = tl.load(weights + (here + split) * 32 + lane, there, other=float("-inf"))
+        t = tl.load(weights + (here + split) * 32 + 16 + lane, there, other=0.0)
+        a = tl.load(sums + ((here + split) * 16 + lane)[:, None] * E + channel[None, :], there[:, None], other=0.0)
+        higher = tl.maximum(best, tl.max(m, 0))
+        shrink, grow = tl.exp(best - higher), tl.exp(m - higher)
+        total = total * shrink + tl.sum(t * grow, 0)
+        acc = acc * shrink + tl.sum(a * grow[:, None], 0)
+        best = higher
+    result = (acc / total).to(out.dtype.element_ty if out.dtype.element_ty != tl.float8e4nv else tl.bfloat16)
+    at = row * (H * E) + head * E + channel
     if out.dtype.element_ty == tl.float8e4nv:
-        tl.store(out + where, to_fp8(result.to(tl.float32) * (1.0 / tl.load(next_scale))), mask[:, None])
+        tl.store(out + at, to_fp8(result.to(tl.float32) * (1.0 / tl.load(next_scale))))
     else:
-        tl.store(out + where, result, mask[:, None])
+        tl.store(out + at, result)
     if LARGEST:
-        found = tl.where(mask, tl.max(tl.abs(result.to(tl.float32)), 1), 0.0)
-        which = first + tl.arange(0, 16 // PAD)
-        tl.store(largest + (b * T + which) * G + g, tl.max(tl.reshape(found, (16 // PAD, PAD)), 1), which < T)
+        tl.store(largest + row * H + head, tl.max(tl.abs(result.to(tl.float32)), 0))
 
 
 def attention(
@@ -146,24 +137,26 @@ def attention(
     largest: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E], in e4m3 by a scale; fills largest f32 [M, G]."""
+    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E], in e4m3 by a scale; fills largest f32 [M, H]."""
     batch, tokens = inputs.tokens.shape
     _, groups, slots, size = keys.shape
     heads = q.shape[1] // size
     tree = inputs.paths is not None
-    per_program = 1 if tree else max(1, ROWS // triton.next_power_of_2(heads // groups))
-    grid = triton.cdiv(slots, SPLIT), groups, batch * triton.cdiv(tokens, per_program)
-    assert grid[1] * grid[2] <= len(ops.arrived), "more groups of splits than counters"
+    tile = 1 if tree else max(1, ROWS // triton.next_power_of_2(heads // groups))
+    grid = triton.cdiv(slots, SPLIT), groups, batch * triton.cdiv(tokens, tile)
     programs = grid[0] * grid[1] * grid[2]
     sums = torch.empty((programs, ROWS, size), device=q.device)
     weights = torch.empty((programs, 2, ROWS), device=q.device)
     out = torch.empty_like(q, dtype=q.dtype if scale is None else FP8)
+    positions = inputs.positions.contiguous()
     paths = inputs.paths.contiguous() if inputs.paths is not None else inputs.prefix_lens
+    shape = {"H": heads, "G": groups, "E": size, "TILE": tile, "SPLIT": SPLIT, "TREE": tree, "CHUNK": chunk > 0}
     attention_kernel[grid](
-        q, keys, values, inputs.positions.contiguous(), inputs.prefix_lens, paths, sums, weights, ops.arrived, out,
-        sums if largest is None else largest, sums if scale is None else scale,
-        tokens, slots, inputs.offset, paths.shape[-1], chunk,
-        H=heads, G=groups, E=size, TILE=per_program, SPLIT=SPLIT, TREE=tree, CHUNK=chunk > 0, LARGEST=largest is not None,
-        num_warps=4 if size <= 64 else 8, **ops.launch(),
+        q, keys, values, positions, inputs.prefix_lens, paths, sums, weights,
+        tokens, slots, inputs.offset, paths.shape[-1], chunk, **shape, num_warps=4 if size <= 64 else 8, **ops.launch(),
+    )  # fmt: skip
+    add_splits_kernel[(batch * tokens, heads)](
+        sums, weights, positions, out, sums if largest is None else largest, sums if scale is None else scale,
+        tokens, grid[0], chunk, **shape, WAYS=WAYS, LARGEST=largest is not None, num_warps=1, **ops.launch(),
     )  # fmt: skip
     return out

@@ -55,7 +55,6 @@ class Ops:
         self.pending: tuple[Tensor, Tensor] | None = None  # a stream, and what it lacks: f32 [P, M, K]
         self.ready: Ready | None = None
         self.largest: tuple[Tensor, ...] = ()  # activations, and their largest magnitudes by token f32 [M, parts]
-        self.arrived = torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
     def pack(self, weight: Weight, swiglu: bool = False) -> Weight:
         """Weights [N, K]; gate and up rows alternate, so that a program holds pairs."""
@@ -151,7 +150,7 @@ class Ops:
             self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
             rotate(self, parts, where, rule, heads, groups)
         scale = static_scale(into) if m <= TOKENS_EXACT else None
-        largest = None if isinstance(weight, Tensor) or scale is not None else torch.empty((m, groups), device=x.device)
+        largest = None if isinstance(weight, Tensor) or scale is not None else torch.empty((m, heads), device=x.device)
         out = attention(self, queries, keys, values, inputs, rule.chunk, largest, scale)
         if largest is not None:
             self.largest = out, largest
