@@ -16,7 +16,7 @@ import torch
 from specdec.metrics import RESAMPLES, read_rows
 from specdec.tracking.environment import environment
 
-PATHS = ("dataset.path", "checkpoint", "results")  # options of whose value only the last name is recorded
+PATHS = ("dataset.path", "checkpoint", "text", "heads", "results")  # options recorded by the last name of their value
 
 
 class Journal:
@@ -69,6 +69,11 @@ def session(script: str, arguments: Sequence[str]) -> dict[str, Any]:
         name, equals, value = argument.partition("=")
         shown.append(f"{name}={Path(value).name}" if equals and name in PATHS else argument)
     return {**environment([]), "command": f"python {shlex.join(shown)}", "load": os.getloadavg()[0]}
+
+
+def with_facts(facts: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row: what is known of it, then what is measured."""
+    return {**facts, **measure()}
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -55,6 +55,11 @@ class Stopwatch(SpeculativeDecoder):
         return super().step()
 
 
+def target_words(checkpoint: str | None) -> list[str]:
+    """Overrides for a Llama-family folder; None: SmolLM2-135M-Instruct."""
+    return ["target=smollm2"] if checkpoint is None else ["target=llama", f"target.checkpoint={checkpoint}"]
+
+
 def run_transformers(model: Any, lookup: int | None, question: Question, new: int) -> dict[str, Any]:
     """One prompt through `generate`. tau leaves out the last forward, whose drafts the limit cuts short."""
     stamps = Stamps()

@@ -14,22 +14,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from _bench import table
-from _gpu import Job, Results, begin, parse_options
-from _runtimes import digest
-from cpu_decoding import DatasetOptions
-from omegaconf import OmegaConf
+from _command import run_benchmark
+from _gpu import Job, parse_options
+from _prompts import DatasetOptions, described, read_questions
 
 import specdec
 from specdec import composition, metrics
-from specdec.data import Jsonl, Prompts
 from specdec.decoding import SpeculativeDecoder
-from specdec.decoding.chat import encode
 
 NAME = "acceptance"
 TREE = "structure@drafter.structure"
@@ -99,22 +97,13 @@ class Benchmark:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.target: Any = specdec.load(*options.target, "drafter=none").target
-        chosen = options.dataset
-        narrow: dict[str, Any] = {"per_task": chosen.per_task, "tasks": chosen.tasks, "half": chosen.half, "turns": 1}
-        dataset = Prompts(**narrow) if chosen.path is None else Jsonl(chosen.path, **narrow)
-        tokenizer, self.target.tokenizer = self.target.tokenizer, None
-        self.questions = [(c.task, encode(tokenizer, c.turns[0])) for c in dataset.load()]
+        self.questions = read_questions(options.dataset, self.target.tokenizer)
+        self.target.tokenizer = None
 
     def setup(self) -> dict[str, Any]:
         """What every row must share."""
         options = {name: value for name, value in vars(self.options).items() if name != "results"}
-        path = Path(self.options.dataset.path or "prompts.jsonl").name
-        options["dataset"] = vars(self.options.dataset) | {"path": path}
-        return {
-            **options,
-            "prompts": len(self.questions),
-            "digest": digest([i for _, ids in self.questions for i in ids]),
-        }
+        return {**options, **described(self.options.dataset, self.questions)}
 
     def jobs(self) -> Iterator[Job]:
         """A job a method."""
@@ -136,9 +125,9 @@ class Benchmark:
         drafter = composition.build_methods({method.label: cfg.drafter}, verifier)[method.label]
         decoder = SpeculativeDecoder(self.target, drafter, verifier, composition.build_sampling(cfg))
         requests = [
-            {"task": task, "pass": number, **self._answer(decoder, ids, number)}
+            {"task": question.task, "pass": number, **self._answer(decoder, question.ids, number)}
             for number in range(passes)
-            for task, ids in self.questions
+            for question in self.questions
         ]
         return {
             "section": law, "drafter": method.label, "verifier": name, "lossless": verifier.lossless,
@@ -232,18 +221,7 @@ def render(document: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, OmegaConf.to_yaml(OmegaConf.structured(Options)), sep="\n")
-        return
-    try:
-        options = parse_options(Options, [argument for argument in arguments if argument != "--render"], [])
-    except ValueError as error:
-        sys.exit(f"{NAME}: {error}")
-    results = Results(Path(options.results), NAME, render)
-    if "--render" not in arguments:
-        benchmark = Benchmark(options)
-        results.measure(benchmark.setup(), begin(NAME, arguments, options.revision), benchmark.jobs())
-    results.write_report()
+    run_benchmark(NAME, __doc__, partial(parse_options, Options, sections=[]), Benchmark, render, arguments)
 
 
 if __name__ == "__main__":

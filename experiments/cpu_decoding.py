@@ -20,35 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import Journal, session
+from _bench import Journal, session, with_facts
+from _command import read_options
 from _cpu_report import render
 from _forward import forward_jobs
-from _runtimes import Question, digest, run_ours, run_transformers
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from _gpu import Job, parse_options
+from _prompts import DatasetOptions, described, read_questions
+from _runtimes import Question, run_ours, run_transformers, target_words
 from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec.composition import build, compose_config
-from specdec.data import Dataset, Jsonl, Prompts
-from specdec.decoding.chat import encode
 from specdec.drafter import Drafter
 
-SCRIPT = "experiments/cpu_decoding.py"
+NAME = "cpu_decoding"
 SECTIONS = ["decode", "batch", "forward", "product"]
 # Does all the work of looking up, then proposes nothing: drafts = int(match length * factor) = 0.
 NO_MATCH = {"ngram_no_match": ["drafter=ngram", "drafter.max_spec_factor=0.01"]}
-Job = tuple[str, Callable[[], dict[str, Any]]]  # key of a row, and what measures it
-
-
-@dataclass
-class DatasetOptions:
-    """Which prompts; only the first turn of each conversation is used."""
-
-    path: str | None = None  # a JSONL file of Spec-Bench's shape; null: the prompts that ship with the package
-    per_task: int | None = None  # the first n of each task
-    tasks: list[str] | None = None
-    half: str | None = None  # odd | even question_ids
 
 
 @dataclass
@@ -83,16 +71,12 @@ class Benchmark:
         self.options = options
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        kind = (
-            ["target=smollm2"]
-            if options.checkpoint is None
-            else ["target=llama", f"target.checkpoint={options.checkpoint}"]
-        )
+        kind = target_words(options.checkpoint)
         decoders = {dtype: specdec.load(*kind, "drafter=none", f"target.dtype={dtype}") for dtype in options.dtypes}
         self.verifier = next(iter(decoders.values())).verifier
         self.targets: dict[str, Any] = {dtype: decoder.target for dtype, decoder in decoders.items()}
         self.models = {dtype: self._transformers(target, dtype) for dtype, target in self.targets.items()}
-        self.questions = self._questions(next(iter(self.targets.values())).tokenizer)
+        self.questions = read_questions(options.dataset, next(iter(self.targets.values())).tokenizer)
         for target in self.targets.values():
             target.tokenizer = None  # both runtimes make token ids; neither pays for text
 
@@ -103,26 +87,12 @@ class Benchmark:
         model.generation_config.eos_token_id = None
         return model
 
-    def _questions(self, tokenizer: Any) -> list[Question]:
-        chosen = self.options.dataset
-        narrow: dict[str, Any] = {"per_task": chosen.per_task, "tasks": chosen.tasks, "half": chosen.half, "turns": 1}
-        dataset: Dataset = Prompts(**narrow) if chosen.path is None else Jsonl(chosen.path, **narrow)
-        return [Question(c.question_id, c.task, encode(tokenizer, c.turns[0])) for c in dataset.load()]
-
     def setup(self) -> dict[str, Any]:
         """What every row of a journal must share: options without paths, the prompts' ids, the code."""
         options = {name: value for name, value in vars(self.options).items() if name != "results"}
-        options["dataset"] = vars(self.options.dataset) | {
-            "path": Path(self.options.dataset.path or "prompts.jsonl").name
-        }
         options["checkpoint"] = next(iter(self.targets.values())).checkpoint.name
-        prompts = digest([i for question in self.questions for i in (*question.ids, -1)])
-        return {
-            **options,
-            "prompts": len(self.questions),
-            "prompts_digest": prompts,
-            "threads": torch.get_num_threads(),
-        }
+        prompts = described(self.options.dataset, self.questions)
+        return {**options, **prompts, "threads": torch.get_num_threads()}
 
     def warm_up(self) -> None:
         """Touch the weights and compile what compiles, before anything is timed."""
@@ -161,7 +131,7 @@ class Benchmark:
                 facts = {"section": "decode", "dtype": dtype, "runtime": name, "pass": number}
                 facts |= {"question": question.name, "task": question.task, "prompt_tokens": len(question.ids)}
                 key = f"decode/{number}/{question.name}/{dtype}/{name}"
-                yield key, partial(_with, facts, partial(runtimes[dtype, name], question, new))
+                yield key, partial(with_facts, facts, partial(runtimes[dtype, name], question, new))
 
     def _single(self, target: Any, drafter: Drafter, question: Question, new: int) -> dict[str, Any]:
         return run_ours(target, drafter, self.verifier, [question], new)
@@ -184,23 +154,12 @@ class Benchmark:
                     run = partial(
                         run_ours, target, make_drafter(name), self.verifier, group, self.options.max_new_tokens
                     )
-                    yield f"batch/{number}/{i}/{dtype}/{name}", partial(_with, facts, run)
-
-
-def _with(facts: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return {**facts, **run()}
+                    yield f"batch/{number}/{i}/{dtype}/{name}", partial(with_facts, facts, run)
 
 
 def parse(arguments: Sequence[str]) -> Options:
     """Options from KEY=VALUE arguments; ValueError for a mistake."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli(list(arguments)))
-        options = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{str(error).splitlines()[0]}; --help shows the keys") from error
-    assert isinstance(options, Options)
-    if unknown := set(options.sections) - set(SECTIONS):
-        raise ValueError(f"sections has {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    options = parse_options(Options, arguments, SECTIONS)
     if "batch" in options.sections and not ("decode" in options.sections and "none" in options.drafters):
         raise ValueError("the section batch is compared with batch 1: keep decode in sections and none in drafters")
     if min(options.max_new_tokens - 1, options.passes, options.batch, options.repeats) < 1:
@@ -210,17 +169,17 @@ def parse(arguments: Sequence[str]) -> Options:
 
 def write_report(folder: Path) -> None:
     """The tables, from the JSON file alone."""
-    document = json.loads((folder / "cpu_decoding.json").read_text(encoding="utf-8"))
-    (folder / "cpu_decoding.md").write_text(render(document), encoding="utf-8")
+    document = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
+    (folder / f"{NAME}.md").write_text(render(document), encoding="utf-8")
 
 
 def run(options: Options, arguments: Sequence[str]) -> None:
     """Measure what is missing, then write both result files; the journal is needed no longer then."""
     folder = Path(options.results)
     benchmark = Benchmark(options)
-    here = session(SCRIPT, arguments)
+    here = session(f"experiments/{NAME}.py", arguments)
     setup = {**benchmark.setup(), "revision": (here["git"] or {}).get("revision")}
-    journal = Journal(folder / "cpu_decoding.partial.jsonl", setup)
+    journal = Journal(folder / f"{NAME}.partial.jsonl", setup)
     journal.add({"key": f"session/{here['date']}/{len(journal.rows)}", "section": "session", **here})
     jobs = list(benchmark.jobs())
     benchmark.warm_up()
@@ -230,20 +189,14 @@ def run(options: Options, arguments: Sequence[str]) -> None:
     sessions = [row for row in journal.rows if row["section"] == "session"]
     rows = [row for row in journal.rows if row["section"] != "session"]
     text = json.dumps({"setup": setup, "sessions": sessions, "rows": rows}, indent=1)
-    (folder / "cpu_decoding.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
     write_report(folder)
     journal.path.unlink()
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, OmegaConf.to_yaml(OmegaConf.structured(Options)), sep="\n")
-        return
-    try:
-        options = parse([argument for argument in arguments if argument != "--render"])
-    except ValueError as error:
-        sys.exit(f"cpu_decoding: {error}")
+    options = read_options(NAME, __doc__, parse, arguments)
     if "--render" in arguments:
         write_report(Path(options.results))
     else:

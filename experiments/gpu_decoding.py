@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu import Job, Results, begin, ceilings, parse_options, random_ids
+from _bench import with_facts
+from _command import run_benchmark
+from _gpu import Job, ceilings, parse_options, random_ids
 from _gpu_forward import bits_row, forward_row, prefill_row, shapes_of
 from _gpu_quality import compare
 from _gpu_report import render
 from _gpu_steps import Timed, decode, host_row
-from _runtimes import Question, digest
-from cpu_decoding import DatasetOptions, make_drafter
-from omegaconf import OmegaConf
+from _prompts import DatasetOptions, described, read_questions
+from _runtimes import Question, target_words
+from cpu_decoding import make_drafter
 
 import specdec
-from specdec.data import Dataset, Jsonl, Prompts
-from specdec.decoding.chat import encode
 from specdec.decoding.decoder import capacity
 
 NAME = "gpu_decoding"
@@ -70,21 +70,17 @@ class Benchmark:
     """The target, its prompts, and the jobs of every section."""
 
     def __init__(self, options: Options) -> None:
+        torch.manual_seed(0)
         self.options = options
         decoder = specdec.load(*self._target(), f"target.dtype={options.dtype}", "drafter=none")
         self.target: Any = decoder.target
         self.verifier = decoder.verifier
-        tokenizer, self.target.tokenizer = self.target.tokenizer, None  # token ids only; nobody pays for text
-        chosen = options.dataset
-        narrow: dict[str, Any] = {"per_task": chosen.per_task, "tasks": chosen.tasks, "half": chosen.half, "turns": 1}
-        dataset: Dataset = Prompts(**narrow) if chosen.path is None else Jsonl(chosen.path, **narrow)
-        self.questions = [Question(c.question_id, c.task, encode(tokenizer, c.turns[0])) for c in dataset.load()]
+        self.questions = read_questions(options.dataset, self.target.tokenizer)
+        self.target.tokenizer = None  # token ids only; nobody pays for text
         self.decoder = cache(self._decoder)
 
     def _target(self) -> list[str]:
-        folder, device = self.options.checkpoint, f"target.device={self.options.device}"
-        kind = ["target=smollm2"] if folder is None else ["target=llama", f"target.checkpoint={folder}"]
-        return [*kind, device]
+        return [*target_words(self.options.checkpoint), f"target.device={self.options.device}"]
 
     @cached_property
     def quantized(self) -> Any:
@@ -96,11 +92,8 @@ class Benchmark:
     def setup(self) -> dict[str, Any]:
         """What every row must share: options that change measurements, the prompts' ids."""
         options = {name: value for name, value in vars(self.options).items() if name not in ("results", "sections")}
-        path = Path(self.options.dataset.path or "prompts.jsonl").name
-        options["dataset"] = vars(self.options.dataset) | {"path": path}
         options["checkpoint"] = self.target.checkpoint.name
-        prompts = digest([i for question in self.questions for i in (*question.ids, -1)])
-        return {**options, "prompts": len(self.questions), "prompts_digest": prompts}
+        return {**options, **described(self.options.dataset, self.questions)}
 
     def _decoder(self, name: str, batch: int, quantized: bool, number: int) -> Timed:
         """One decoder for a whole pass, so that its graphs are captured once: warmed up with random tokens of all sizes."""
@@ -128,7 +121,7 @@ class Benchmark:
         for section, maker in makers.items():
             if section in self.options.sections:
                 for key, measure in maker():
-                    yield f"{section}/{key}", partial(_with, {"section": section}, measure)
+                    yield f"{section}/{key}", partial(with_facts, {"section": section}, measure)
 
     def _ceiling(self) -> Iterator[Job]:
         o = self.options
@@ -151,7 +144,7 @@ class Benchmark:
 
     def _host(self) -> Iterator[Job]:
         for name in self.options.drafters:
-            yield name, partial(_with, {"drafter": name}, partial(self._host_row, name))
+            yield name, partial(with_facts, {"drafter": name}, partial(self._host_row, name))
 
     def _host_row(self, name: str) -> dict[str, Any]:
         decoder = Timed(self.target, make_drafter(name), self.verifier)
@@ -166,7 +159,7 @@ class Benchmark:
                 for name in (*names[start:], *names[:start]):
                     facts = {"drafter": name, "pass": number, "question": question.name, "task": question.task}
                     run = partial(self._run, name, [question], False, number)
-                    yield f"{number}/{question.name}/{name}", partial(_with, facts, run)
+                    yield f"{number}/{question.name}/{name}", partial(with_facts, facts, run)
 
     def _batch(self) -> Iterator[Job]:
         """Prompts spread over the tasks; where a batch is larger than the dataset they come again."""
@@ -178,7 +171,8 @@ class Benchmark:
                 start = number % len(names)
                 for name in (*names[start:], *names[:start]):
                     facts = {"drafter": name, "pass": number, "batch": size}
-                    yield f"{size}/{number}/{name}", partial(_with, facts, partial(self._run, name, group, False, -1))
+                    run = partial(self._run, name, group, False, -1)
+                    yield f"{size}/{number}/{name}", partial(with_facts, facts, run)
 
     def _fp8(self) -> Iterator[Job]:
         """Answers of each of the two, scored by both; the speed of each, in turns."""
@@ -186,7 +180,7 @@ class Benchmark:
         for question in self.questions[::step][: self.options.fp8_prompts]:
             for writer in ("plain", "fp8"):
                 facts = {"question": question.name, "writer": writer}
-                yield f"{question.name}/{writer}", partial(_with, facts, partial(self._fp8_row, question, writer))
+                yield f"{question.name}/{writer}", partial(with_facts, facts, partial(self._fp8_row, question, writer))
 
     def _fp8_row(self, question: Question, writer: str) -> dict[str, Any]:
         decoder = self.decoder("none", 1, writer == "fp8", -1)
@@ -197,10 +191,6 @@ class Benchmark:
     def _run(self, name: str, questions: Sequence[Question], quantized: bool, number: int) -> dict[str, Any]:
         decoder = self.decoder(name, len(questions), quantized, number)
         return decode(decoder, [question.ids for question in questions], self.options.max_new_tokens)
-
-
-def _with(facts: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return {**facts, **run()}
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -216,20 +206,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, OmegaConf.to_yaml(OmegaConf.structured(Options)), sep="\n")
-        return
-    try:
-        options = parse([argument for argument in arguments if argument != "--render"])
-    except ValueError as error:
-        sys.exit(f"{NAME}: {error}")
-    results = Results(Path(options.results), NAME, render)
-    if "--render" in arguments:
-        results.write_report()
-        return
-    torch.manual_seed(0)
-    benchmark = Benchmark(options)
-    results.measure(benchmark.setup(), begin(NAME, arguments, options.revision), benchmark.jobs())
+    run_benchmark(NAME, __doc__, parse, Benchmark, render, arguments)
 
 
 if __name__ == "__main__":

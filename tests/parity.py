@@ -20,24 +20,23 @@ VOCAB = 259
 TOLERANCE = 1e-4
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6]  # two branches and a long one; nodes of a path are not neighbours
 DEPTH = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 192,
+    "intermediate_size": 160,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 Text = list[int]
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
     """Odd sizes: 259 tokens, 6 query heads on 2 KV heads, 3 layers."""
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 192,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "eos_token_id": None,
-        "bos_token_id": None,
-    }
-    return LlamaConfig(**sizes | changes)
+    return LlamaConfig(**SIZES | {"num_hidden_layers": 3} | changes)
 
 
 def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Any:
@@ -52,6 +51,11 @@ def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Any:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     model.save_pretrained(folder, safe_serialization=True)
     return model
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers of that seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def random_text(length: int, seed: int) -> Text:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from questions import write_questions
 
 acceptance = importlib.import_module("acceptance")
 
@@ -16,10 +17,9 @@ acceptance = importlib.import_module("acceptance")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two drafters under both laws, on two prompts."""
     folder = tmp_path_factory.mktemp("acceptance")
-    lines = [{"question_id": str(i), "category": "qa", "turns": [text]} for i, text in enumerate(["a b a b", "c d c"])]
-    (folder / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    questions = write_questions(folder / "two.jsonl", ["a b a b", "c d c"])
     arguments = [
-        f"dataset.path={folder / 'two.jsonl'}", "target=[target=toy]", "max_new_tokens=12", "methods=[ngram,suffix]",
+        f"dataset.path={questions}", "target=[target=toy]", "max_new_tokens=12", "methods=[ngram,suffix]",
         f"results={folder}",
     ]  # fmt: skip
     acceptance.main(arguments)

@@ -29,13 +29,6 @@ LEFT = [
 HELD = ["debug=quick", "dataset.limit=3", "max_new_tokens=8", "ignore_eos=true", "drafter._target_=held.Held"]
 
 
-@pytest.fixture
-def specdec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.setattr("specdec.tracking.run_folder.picture", lambda folder: (folder / "results.png").touch())
-    monkeypatch.setattr(metrics, "RESAMPLES", 50)
-    return CommandLine(tmp_path, monkeypatch, capsys)
-
-
 def contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

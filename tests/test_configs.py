@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
-from parity import llama_config, save_model
+from parity import llama_config
 
 import specdec
 from specdec.composition import build, build_methods, compose_config
@@ -48,14 +48,6 @@ FILES = sorted(
 )
 CHOICES = [name for name in FILES if name.split("/")[0] in PACKAGES]
 NAMES = {group: [name.split("/")[1] for name in FILES if name.startswith(f"{group}/")] for group in (*PACKAGES, *DIFFS)}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_model(llama_config(num_hidden_layers=1), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +96,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("file", CHOICES)
-def test_each_choice_builds(file: str, checkpoint: Path, heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.target.gguf.smollm2_checkpoint", lambda: checkpoint)
+def test_each_choice_builds(file: str, tiny_llama: Path, heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.target.gguf.smollm2_checkpoint", lambda: tiny_llama)
     group, name = file.split("/")
-    built = build(compose_config(needed(group, name, checkpoint, heads))[group], group)
+    built = build(compose_config(needed(group, name, tiny_llama, heads))[group], group)
     interface = PACKAGES[group][1]
     assert interface is None or isinstance(built, interface)
     assert interface is not None or hasattr(built, {"dataset": "load", "tracking": "log"}[group])
@@ -227,9 +219,9 @@ VARIANTS = {
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("verifier", NAMES["verifier"])
 @pytest.mark.parametrize("drafter", sorted({*NAMES["drafter"], *VARIANTS}))
-def test_pairs_are_checked_before_a_target_is_built(drafter: str, verifier: str, heads: Path, checkpoint: Path) -> None:
+def test_pairs_are_checked_before_a_target_is_built(drafter: str, verifier: str, heads: Path, tiny_llama: Path) -> None:
     """A pair that fits gets as far as the target; one that does not says what each side needs and offers."""
-    chosen = VARIANTS.get(drafter) or needed("drafter", drafter, checkpoint, heads)
+    chosen = VARIANTS.get(drafter) or needed("drafter", drafter, tiny_llama, heads)
     overrides = [*chosen, f"verifier={verifier}", "target=toy"]
     if drafter in TREES and verifier in CHAINS_ONLY:
         with pytest.raises(ValueError, match=r"judges chains only, and [A-Za-z]+ proposes trees"):

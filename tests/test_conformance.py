@@ -46,6 +46,14 @@ DRAFTERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def known(toy: Toy) -> list[list[int]]:
+    """The suite's prompts with their plain output."""
+    prompts = [list(p) for p in PROMPTS]
+    plain = SpeculativeDecoder(toy, NoDraft(), TargetOnly()).generate(prompts, 40, ignore_eos=True)
+    return [p + t for p, t in zip(prompts, plain.tokens, strict=True)]
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_drafter_conforms(name: str, toy: Toy) -> None:
     report = check_drafter(DRAFTERS[name], TargetOnly(), toy)
@@ -53,11 +61,8 @@ def test_drafter_conforms(name: str, toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("tree", [False, True])
-def test_replay_conforms_and_is_accepted(tree: bool, toy: Toy) -> None:
-    prompts = [list(p) for p in PROMPTS]
-    plain = SpeculativeDecoder(toy, NoDraft(), TargetOnly()).generate(prompts, 40, ignore_eos=True)
-    references = [p + t for p, t in zip(prompts, plain.tokens, strict=True)]
-    report = check_drafter(lambda: Replay(references, tree=tree), TargetOnly(), toy)
+def test_replay_conforms_and_is_accepted(tree: bool, known: list[list[int]], toy: Toy) -> None:
+    report = check_drafter(lambda: Replay(known, tree=tree), TargetOnly(), toy)
     assert report.acceptance_length > (2 if tree else 1.7)
 
 
@@ -105,15 +110,8 @@ class Greedy(TargetOnly):
         return verdict
 
 
-def references(toy: Toy) -> list[list[int]]:
-    prompts = [list(p) for p in PROMPTS]
-    plain = SpeculativeDecoder(toy, NoDraft(), TargetOnly()).generate(prompts, 40, ignore_eos=True)
-    return [p + t for p, t in zip(prompts, plain.tokens, strict=True)]
-
-
 @pytest.mark.parametrize(("target", "tree"), [(OffByOneCommit, False), (OffByOneCommit, True), (NoRollback, True)])
-def test_commit_faults_are_caught(target: type[Toy], tree: bool, toy: Toy) -> None:
-    known = references(toy)
+def test_commit_faults_are_caught(target: type[Toy], tree: bool, known: list[list[int]]) -> None:
     with pytest.raises(ConformanceError, match="changes the text"):
         check_drafter(lambda: Replay(known, tree=tree), TargetOnly(), target())
 
@@ -123,8 +121,9 @@ def test_a_lax_verifier_is_caught(toy: Toy) -> None:
         check_drafter(NGram, Greedy(), toy)
 
 
-def test_a_stop_token_inside_a_draft_is_caught(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = references(toy)
+def test_a_stop_token_inside_a_draft_is_caught(
+    toy: Toy, known: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = DecodeState.advance
 
     def deaf(self: DecodeState, tree: DraftTree, output: ModelOutput, acceptance: Acceptance) -> Any:

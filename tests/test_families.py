@@ -11,13 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import (
-    SCENARIOS,
-    VOCAB,
-    check_prefill,
-    check_taps,
-    save_model,
-)
+from parity import SCENARIOS, SIZES, check_prefill, check_taps, save_model
 from torch import Tensor
 from transformers import Llama4TextConfig, Qwen3Config
 
@@ -37,18 +31,8 @@ LLAMA3 = {
     "high_freq_factor": 1.0,
     "original_max_position_embeddings": 64,
 }
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 96,
-    "intermediate_size": 80,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}
-LLAMA4: dict[str, Any] = SIZES | {
+NARROW: dict[str, Any] = SIZES | {"hidden_size": 96, "intermediate_size": 80}
+LLAMA4: dict[str, Any] = NARROW | {
     "num_hidden_layers": 5,
     "intermediate_size_mlp": 112,
     "num_local_experts": 5,
@@ -57,8 +41,8 @@ LLAMA4: dict[str, Any] = SIZES | {
     "attn_scale": 0.3,
 }
 MODELS: dict[str, Callable[[], Any]] = {
-    "qwen3": lambda: Qwen3Config(**SIZES, num_hidden_layers=3),
-    "qwen3-tied": lambda: Qwen3Config(**SIZES, num_hidden_layers=3, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**NARROW, num_hidden_layers=3),
+    "qwen3-tied": lambda: Qwen3Config(**NARROW, num_hidden_layers=3, tie_word_embeddings=True),
     "maverick": lambda: Llama4TextConfig(**LLAMA4, interleave_moe_layer_step=2, use_qk_norm=False),
     "scout": lambda: Llama4TextConfig(**LLAMA4, rope_parameters=LLAMA3),
     "untempered": lambda: Llama4TextConfig(**LLAMA4 | {"attn_temperature_tuning": False, "num_hidden_layers": 4}),
@@ -174,7 +158,7 @@ def test_maverick() -> None:
     assert ModelConfig.from_huggingface(MAVERICK | {"use_qk_norm": True}).attention_rule(0).unit_norm
 
 
-QWEN3 = SIZES | {"model_type": "qwen3", "num_hidden_layers": 2}
+QWEN3 = NARROW | {"model_type": "qwen3", "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(

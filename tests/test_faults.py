@@ -13,28 +13,12 @@ import pytest
 import torch
 import wandb
 from command import QUICK, CommandLine, check_mistake
-from parity import llama_config, save_model
 from safetensors.torch import load_file, save_file
 
-from specdec import metrics
 from specdec.target.toy import Toy
 from specdec.tracking.run_folder import RunFolder
 
 CHECKPOINT = ["target=llama", "target.checkpoint=tiny", "target.dtype=float32"]
-
-
-@pytest.fixture
-def specdec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.setattr("specdec.tracking.run_folder.picture", lambda folder: (folder / "results.png").touch())
-    monkeypatch.setattr(metrics, "RESAMPLES", 50)
-    return CommandLine(tmp_path, monkeypatch, capsys)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "tiny"
-    save_model(llama_config(num_hidden_layers=1), folder)
-    return folder
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -111,9 +95,9 @@ def wrong_shape(folder: Path) -> None:
     ],
 )
 def test_weights_that_cannot_be_used(
-    specdec: CommandLine, checkpoint: Path, harm: Callable[[Path], None], words: list[str]
+    specdec: CommandLine, tiny_llama: Path, harm: Callable[[Path], None], words: list[str]
 ) -> None:
-    shutil.copytree(checkpoint, specdec.folder / "tiny")
+    shutil.copytree(tiny_llama, specdec.folder / "tiny")
     harm(specdec.folder / "tiny")
     check_mistake(specdec(*QUICK, *CHECKPOINT), *words)
 
@@ -123,8 +107,8 @@ def test_a_checkpoint_that_is_nowhere(specdec: CommandLine) -> None:
     check_mistake(specdec(*QUICK, "target=llama", "target.checkpoint=nowhere/at/all"), *words)
 
 
-def test_a_checkpoint_without_a_tokenizer_cannot_take_a_dataset_of_text(specdec: CommandLine, checkpoint: Path) -> None:
-    shutil.copytree(checkpoint, specdec.folder / "tiny")
+def test_a_checkpoint_without_a_tokenizer_cannot_take_a_dataset_of_text(specdec: CommandLine, tiny_llama: Path) -> None:
+    shutil.copytree(tiny_llama, specdec.folder / "tiny")
     check_mistake(specdec(*QUICK, *CHECKPOINT), "the checkpoint folder has no tokenizer")
 
 

@@ -5,14 +5,13 @@ Shapes: M tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numba import njit
-from parity import error
+from parity import error, randn
 from torch import Tensor
 
 from specdec.kernels import reference
@@ -22,18 +21,6 @@ from specdec.kernels.cpu import ops, simd, tiles
 DTYPES = [torch.float32, torch.bfloat16]
 WIDEST = 20
 EPS = 1e-5
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

@@ -5,19 +5,18 @@ Shapes: B rows, T tokens a row, H query heads, G KV heads, S slots, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import PARENTS, error
+from parity import PARENTS, error, randn
 from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.kernels.cpu import ops
-from specdec.kernels.cpu.attention import from_blocks, to_blocks
+from specdec.kernels.cpu.append import from_blocks, to_blocks
 from specdec.kernels.reference import AttentionRule
 from specdec.types import DraftTree, ModelInputs
 
@@ -25,18 +24,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 SLOTS = 64
 HEADS = [(6, 2, 32), (4, 4, 64), (3, 1, 96)]
 NEAR_ATTENTION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def rotary(size: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,11 @@ def prompts() -> list[list[int]]:
     return [encode(target("float32").tokenizer, c.turns[0]) for c in Prompts(per_task=1).load()]
 
 
+@cache
+def plain() -> list[list[int]]:
+    return SpeculativeDecoder(target("bfloat16"), NoDraft(), TargetOnly()).generate(prompts(), 3 * NEW).tokens
+
+
 def test_greedy_text_is_transformers() -> None:
     ours = SpeculativeDecoder(target("float32"), NoDraft(), TargetOnly()).generate(prompts(), NEW, ignore_eos=True)
     model = transformers_model()
@@ -73,8 +78,6 @@ def test_logits_are_transformers() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_speculative_text_is_plain_text(batch: int) -> None:
-    model = target("bfloat16")
-    plain = SpeculativeDecoder(model, NoDraft(), TargetOnly()).generate(prompts(), 3 * NEW)
     for drafter in (NGram(), TokenRecycling()):
-        drafted = SpeculativeDecoder(model, drafter, TargetOnly(), batch_size=batch).generate(prompts(), 3 * NEW)
-        assert drafted.tokens == plain.tokens
+        decoder = SpeculativeDecoder(target("bfloat16"), drafter, TargetOnly(), batch_size=batch)
+        assert decoder.generate(prompts(), 3 * NEW).tokens == plain()

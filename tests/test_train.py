@@ -23,11 +23,11 @@ from command import CommandLine, check_mistake
 from heads import head_config, head_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from questions import write_questions
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from specdec import metrics
 from specdec.decoding import SpeculativeDecoder
 from specdec.drafter.eagle3 import Eagle3
 from specdec.drafter.none import NoDraft
@@ -463,13 +463,11 @@ def test_a_head_learns_what_its_target_says(
 
 
 @pytest.fixture
-def specdec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.setattr("specdec.tracking.run_folder.picture", lambda folder: (folder / "results.png").touch())
-    monkeypatch.setattr(metrics, "RESAMPLES", 50)
+def specdec(specdec: CommandLine) -> CommandLine:
+    """In a folder with questions to train on and others to measure."""
     for name, count in (("questions", 16), ("measured", 3)):
-        lines = [{"question_id": i, "category": f"c{i % 2}", "turns": [f"{name} {i * i}?"]} for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return CommandLine(tmp_path, monkeypatch, capsys)
+        write_questions(specdec.folder / f"{name}.jsonl", (f"{name} {i * i}?" for i in range(count)), ("c0", "c1"))
+    return specdec
 
 
 TRAIN = [

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from command import CommandLine, check_mistake
+from questions import write_questions
 from safetensors.torch import load_file, save_file
 from test_train import QUIET, TEXT_LEN, nothing, spoken, trainer
 from torch import Tensor
 
 import specdec as package
-from specdec import metrics
 from specdec.decoding import SpeculativeDecoder
 from specdec.drafter.small_model import SmallModel
 from specdec.kernels.reference import FP8
@@ -262,14 +262,11 @@ def test_the_models_own_checkpoint_goes_before(toy: Toy, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def specdec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+def specdec(specdec: CommandLine) -> CommandLine:
     """In a folder with questions; the prompts that are measured are among those that are trained on."""
-    monkeypatch.setattr("specdec.tracking.run_folder.picture", lambda folder: (folder / "results.png").touch())
-    monkeypatch.setattr(metrics, "RESAMPLES", 50)
-    lines = [{"question_id": i, "category": f"c{i % 2}", "turns": [f"question {i * i}?"]} for i in range(16)]
     for name, count in (("questions", 16), ("measured", 3)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
-    return CommandLine(tmp_path, monkeypatch, capsys)
+        write_questions(specdec.folder / f"{name}.jsonl", (f"question {i * i}?" for i in range(count)), ("c0", "c1"))
+    return specdec
 
 
 TRAIN = [

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from questions import write_questions
 from rich.console import Console
 
 from specdec.target.toy import ByteTokenizer, Toy
@@ -64,11 +65,8 @@ def fresh(plan: Any, loss: str, optimizer: str, folder: Path) -> Any:
 def folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of a head of either side on two prompts."""
     path = tmp_path_factory.mktemp("results")
-    lines = [
-        {"question_id": str(i), "category": "qa", "turns": [words]} for i, words in enumerate(["a b a b", "c d c"])
-    ]
-    (path / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    places = f"text={text}", f"dataset.path={path / 'two.jsonl'}", f"heads={path / 'heads'}", f"results={path}"
+    questions = write_questions(path / "two.jsonl", ["a b a b", "c d c"])
+    places = f"text={text}", f"dataset.path={questions}", f"heads={path / 'heads'}", f"results={path}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainers, "train_theirs", fresh)
         patch.setattr(trainers, "version", lambda: "1.2.3")

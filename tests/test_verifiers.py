@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,6 @@ CHAIN: Topology = (-1, 0, 1, 2)
 TREE: Topology = (-1, 0, 0, 1, 1, 2)
 STOCHASTIC = [SpeculativeSampling(), Block(), RRS(True), RRS(False), Traversal(False), Traversal(True)]
 ALL = [TargetOnly(), *STOCHASTIC, Typical()]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def name(value: object) -> str:

@@ -1,11 +1,10 @@
-"""Rotary embedding, KV append and attention over the static cache, for chains and trees.
+"""Attention over the static cache, for chains and trees.
 
 Bit equality: a query's keys are taken in position order - the prefix, then its own path through the drafts - and every sum
 runs in that order. A draft's key may lie in another slot than plain decoding would give it; the bits of the result cannot
 tell. Keys of this forward are read as the cache stores them.
 
-Shapes: B rows, T tokens a row, H query heads, G KV heads, S slots, E head size. Values of a layer lie as [B, G, S, E], keys in
-blocks of 16 slots, [B, G, S/16, E, 16], so that 16 scores come out of one vector and need no horizontal sums.
+Shapes: B rows, T tokens a row, H query heads, G KV heads, S slots, E head size. `append` says how keys and values lie.
 """
 
 from __future__ import annotations
@@ -15,85 +14,17 @@ from numba import carray, njit, types
 from torch import Tensor
 
 from specdec.kernels.cpu import simd, tiles
+from specdec.kernels.cpu.append import KEY_BLOCK, addresses, append
 from specdec.kernels.cpu.memory import aligned_empty
 from specdec.kernels.cpu.parallel import MAX_ARGS, bits_of, check_real, finish, kernel, take
 from specdec.types import ModelInputs
 
 _NEG_INF = float("-inf")
-KEY_BLOCK = 16
 _HEADS = 4  # query heads that share the loads of one KV head
 _sb1, _sb2, _sb3, _sb4 = (tiles.make_scores(h, True) for h in range(1, 5))
 _sf1, _sf2, _sf3, _sf4 = (tiles.make_scores(h, False) for h in range(1, 5))
 _vb1, _vb2, _vb3, _vb4 = (tiles.make_values(h, True) for h in range(1, 5))
 _vf1, _vf2, _vf3, _vf4 = (tiles.make_values(h, False) for h in range(1, 5))
-
-
-def to_blocks(keys: Tensor) -> Tensor:
-    """Keys [..., S, E] as the kernels keep them: [..., S/16, E, 16]."""
-    shape = (*keys.shape[:-2], -1, KEY_BLOCK, keys.shape[-1])
-    return keys.reshape(shape).transpose(-1, -2).contiguous()
-
-
-def from_blocks(keys: Tensor) -> Tensor:
-    """The inverse of `to_blocks`."""
-    return keys.transpose(-1, -2).flatten(-3, -2)
-
-
-@njit(error_model="numpy")
-def _rotate(source, cos, sin, half):
-    """Rotary embedding of one head, f32, in place; half: vectors in half a head."""
-    for i in range(half):
-        c, s = simd.load_f32(cos + 64 * i), simd.load_f32(sin + 64 * i)
-        x, y = simd.load_f32(source + 64 * i), simd.load_f32(source + 64 * (i + half))
-        simd.store_f32(source + 64 * i, simd.sub(simd.mul(x, c), simd.mul(y, s)))
-        simd.store_f32(source + 64 * (i + half), simd.add(simd.mul(y, c), simd.mul(x, s)))
-
-
-@njit(error_model="numpy")
-def _rope_item(a, item):
-    """Rotate one head of one token (q and k) in place; put k into its lane of a block, v into its row."""
-    qkv, qkv_stride, per_row = a[3], a[4], a[6]
-    positions, prefix_lens, offset, cos, sin = a[7], a[8], a[9], a[10], a[11]
-    keys, values, row_stride, head_stride = a[12], a[13], a[14], a[15]
-    heads, groups, size, bf16, rope = a[16], a[17], a[18], a[19] == 1, a[20] == 1
-    width = 2 if bf16 else 4
-    token, head = item // (heads + 2 * groups), item % (heads + 2 * groups)
-    source = qkv + qkv_stride * token + 4 * size * head
-    if head < heads + groups and rope:
-        angle = 2 * size * simd.load_int(positions + 4 * token)
-        _rotate(source, cos + angle, sin + angle, size // 32)
-    if head < heads:
-        return
-    row = token // per_row
-    slot = simd.load_int(prefix_lens + 4 * row) + offset + token % per_row
-    here = row_stride * row + head_stride * ((head - heads) % groups)
-    if head < heads + groups:
-        lane = keys + here + width * ((slot // KEY_BLOCK) * size * KEY_BLOCK + slot % KEY_BLOCK)
-        for e in range(size):
-            value = simd.load_scalar(source + 4 * e)
-            if bf16:
-                simd.store_scalar_bf16(lane + 32 * e, value)
-            else:
-                simd.store_scalar(lane + 64 * e, value)
-        return
-    target = values + here + slot * size * width
-    for i in range(size // 16):
-        if bf16:
-            simd.store_bf16(target + 32 * i, simd.load_f32(source + 64 * i))
-        else:
-            simd.store_f32(target + 64 * i, simd.load_f32(source + 64 * i))
-
-
-@njit(error_model="numpy")
-def _rope_append(a, thread):
-    """Items are (token, head)."""
-    items = a[5] * a[6] * (a[16] + 2 * a[17])
-    chunk = take(a)
-    while chunk < a[1]:
-        for item in range(chunk * a[2], min((chunk + 1) * a[2], items)):
-            _rope_item(a, item)
-        finish(a)
-        chunk = take(a)
 
 
 @njit(error_model="numpy")
@@ -244,17 +175,12 @@ def _attention(a, thread):
 
 
 @kernel
-def _run_rope(args, thread):
-    _rope_append(carray(args, (MAX_ARGS,)), thread)
-
-
-@kernel
 def _run_attention(args, thread):
     _attention(carray(args, (MAX_ARGS,)), thread)
 
 
 class Attention:
-    """Launcher of both kernels: holds the scratch memory of the threads."""
+    """Launcher: holds the scratch memory of the threads."""
 
     def __init__(self) -> None:
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -270,10 +196,7 @@ class Attention:
         rope: bool,
         out: Tensor,
     ) -> Tensor:
-        """Rotate, append and attend. qkv f32 [B*T, (H+2G)*E] (q and k are overwritten), out [B*T, H*E] in the cache's dtype.
-
-        cos, sin f32 [positions, E/2]. Slots behind the prefix are those of `ModelInputs`.
-        """
+        """`append`, then attend. qkv f32 [B*T, (H+2G)*E] (q and k are overwritten), out [B*T, H*E] in the cache's dtype."""
         check_real(qkv)
         rows, per_row = inputs.tokens.shape
         _, groups, slots, size = values.shape
@@ -281,30 +204,19 @@ class Attention:
         for name in ("positions", "prefix_lens", "paths"):  # read by address: strides are not looked at
             value = getattr(inputs, name)
             assert value is None or (value.dtype == torch.int32 and value.is_contiguous()), name
-        assert keys.shape[2:] == (slots // KEY_BLOCK, size, KEY_BLOCK)
-        assert keys.stride()[:2] == values.stride()[:2]
-        assert keys[0, 0].is_contiguous()
-        assert values[0, 0].is_contiguous()
-        bf16 = int(keys.dtype == torch.bfloat16)
+        append(qkv, keys, values, inputs, cos, sin, rope, heads)
         scores = 4 * slots + 64  # bytes of one head's; not a power of two apart, where caches would collide
         stride = 64 * (2 * _HEADS + 1) + _HEADS * scores
         if self._scratch.numel() < stride * torch.get_num_threads():
             self._scratch = aligned_empty(stride * torch.get_num_threads(), torch.uint8)
-        item = keys.element_size()
-        cache = (keys.data_ptr(), values.data_ptr(), keys.stride(0) * item, keys.stride(1) * item)
-        prefix, row_bytes = inputs.prefix_lens.data_ptr(), qkv.stride(0) * 4
-        moved, attended = rows * per_row * (heads + 2 * groups), rows * per_row * groups
-        moved_each, attended_each = max(16, moved // 64), max(1, attended // 64)
-        _run_rope(
-            moved_each, qkv.data_ptr(), row_bytes, rows, per_row, inputs.positions.data_ptr(), prefix, inputs.offset,
-            cos.data_ptr(), sin.data_ptr(), *cache, heads, groups, size, bf16, int(rope),
-            chunks=-(-moved // moved_each), keep=(qkv, inputs.positions, inputs.prefix_lens, cos, sin),
-        )  # fmt: skip
+        items = rows * per_row * groups
+        each = max(1, items // 64)
         paths, path_len = (0, 0) if inputs.paths is None else (inputs.paths.data_ptr(), inputs.paths.shape[2])
         _run_attention(
-            attended_each, qkv.data_ptr(), row_bytes, rows, per_row, prefix, inputs.offset, paths, path_len, *cache,
-            heads, groups, size, bf16, out.data_ptr(), out.stride(0) * item, self._scratch.data_ptr(), stride,
-            bits_of(size**-0.5), scores, chunks=-(-attended // attended_each), keep=(self._scratch, keys, values, out),
+            each, qkv.data_ptr(), qkv.stride(0) * 4, rows, per_row, inputs.prefix_lens.data_ptr(), inputs.offset, paths,
+            path_len, *addresses(keys, values), heads, groups, size, int(keys.dtype == torch.bfloat16), out.data_ptr(),
+            out.stride(0) * out.element_size(), self._scratch.data_ptr(), stride, bits_of(size**-0.5), scores,
+            chunks=-(-items // each), keep=(self._scratch, qkv, inputs.prefix_lens, keys, values, out),
         )  # fmt: skip
         return out
 

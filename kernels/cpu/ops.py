@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import linear as products
-from specdec.kernels.cpu.attention import KEY_BLOCK
+from specdec.kernels.cpu.append import KEY_BLOCK
 from specdec.kernels.cpu.attention import attention as _attention
 from specdec.kernels.cpu.linear import PackedLinear, linear
 from specdec.kernels.cpu.parallel import Program, record
