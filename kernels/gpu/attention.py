@@ -21,7 +21,7 @@ from specdec.kernels.reference import FP8
 from specdec.types import ModelInputs
 
 ROWS = 16  # query rows of a program: TILE tokens of R heads each, padded
-SPLIT = 128  # positions that a program sees
+SPLIT = 64  # positions that a program sees
 WAYS = 8  # splits whose sums are loaded at once
 
 
@@ -153,7 +153,7 @@ def attention(
     shape = {"H": heads, "G": groups, "E": size, "TILE": tile, "SPLIT": SPLIT, "TREE": tree, "CHUNK": chunk > 0}
     attention_kernel[grid](
         q, keys, values, positions, inputs.prefix_lens, paths, sums, weights,
-        tokens, slots, inputs.offset, paths.shape[-1], chunk, **shape, num_warps=4 if size <= 64 else 8, **ops.launch(),
+        tokens, slots, inputs.offset, paths.shape[-1], chunk, **shape, num_warps=4, **ops.launch(),
     )  # fmt: skip
     add_splits_kernel[(batch * tokens, heads)](
         sums, weights, positions, out, sums if largest is None else largest, sums if scale is None else scale,
