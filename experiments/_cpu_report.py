@@ -170,12 +170,13 @@ def _idle(prompts: pd.DataFrame) -> str:
 def _batch(rows: pd.DataFrame) -> str:
     """Whole batches against the same prompts one by one, plainly, in our runtime."""
     unit = ["dtype", "runtime", "group"]
-    columns = [*unit, "pass", "questions", "digests", *SUMS]
+    full = ["full_tokens", "full_seconds"] if "full_tokens" in rows else []  # older files lack them
+    columns = [*unit, "pass", "questions", "digests", *SUMS, *full]
     batch = rows.loc[rows["section"] == "batch", columns].rename(columns={"questions": "question", "digests": "digest"})
     alone = _plain(rows, OURS)[["decode_tokens", "decode_seconds", "digest"]].add_prefix("own_")
     long = batch.explode(["question", "digest"]).join(alone, on=["dtype", "question", "pass"])
     long["same"] = long["digest"] == long["own_digest"]
-    sums = batch.groupby(unit, sort=False)[SUMS].sum()
+    sums = batch.groupby(unit, sort=False)[[*SUMS, *full]].sum()
     sums = sums.join(long.groupby(unit)[["own_decode_tokens", "own_decode_seconds"]].sum())
     same = long.groupby([*unit, "question"])["same"].all().groupby(unit)
     sums["same"], sums["prompts"] = same.sum(), same.size()
@@ -187,11 +188,14 @@ def _batch(rows: pd.DataFrame) -> str:
             f"{total['same']:.0f}/{total['prompts']:.0f}",
             f"{1 - total['verify_seconds'] / total['decode_seconds']:.1%}",
         ]
-        lines.append([f"{runtime}, {dtype}", ratios((_speed(part) / _speed(part, "own_")).tolist()), *cells])
+        speeds = [_speed(part), *([part["full_tokens"] / part["full_seconds"]] if full else [])]
+        gains = [ratios((speed / _speed(part, "own_")).tolist()) for speed in speeds]
+        lines.append([f"{runtime}, {dtype}", *gains, *cells])
     size = len(batch["question"].iloc[0])
     heads = [
         "",
         "decode tokens/s over batch 1, none",
+        *(["while all rows run"] if full else []),
         "acceptance length",
         "equal to batch 1, none",
         "outside the forward",

@@ -116,23 +116,32 @@ def _cells(part: pd.DataFrame) -> list[str]:
 
 def _batch(rows: Rows) -> str:
     frame = pd.DataFrame(rows)
-    plain = frame[frame["drafter"] == "none"].set_index(["batch", "pass"])[
-        ["decode_seconds", "decode_tokens", "digests"]
-    ]
+    spans = {"to the last row": "decode", "while all run": "full"}
+    spans = {title: name for title, name in spans.items() if f"{name}_tokens" in frame}  # older files lack the second
+    for name in spans.values():
+        frame[name] = frame[f"{name}_tokens"] / frame[f"{name}_seconds"]
+    plain = frame[frame["drafter"] == "none"].set_index(["batch", "pass"])[[*spans.values(), "digests"]]
     frame = frame.join(plain.add_prefix("base_"), on=["batch", "pass"])
     pairs = zip(frame["digests"], frame["base_digests"], strict=True)
     frame["same"] = [sum(a == b for a, b in zip(ours, base, strict=True)) for ours, base in pairs]
     lines, pays = [], {}
     for (size, name), part in frame.groupby(["batch", "drafter"], sort=False):
-        speed = part["decode_tokens"] / part["decode_seconds"]
-        gains = speed / (part["base_decode_tokens"] / part["base_decode_seconds"])
+        cells = []
+        for span in spans.values():
+            gains = part[span] / part[f"base_{span}"]
+            cells += [f"{part[span].median():.0f}", ratios(gains.tolist())]
         pays[str(name), int(part["batch"].iloc[0])] = float(gains.median())
         tau = part["whole_tokens"].sum() / max(part["whole_steps"].sum(), 1)
-        same = f"{part['same'].sum()}/{part['batch'].sum()}"
-        lines.append([size, name, f"{speed.median():.0f}", ratios(gains.tolist()), ratio(tau), same])
-    text = "## Batches\n\nRows that end early stay empty. Intervals are over passes.\n"
-    heads = ["batch", "drafter", "decode tokens/s", "ratio to none", "tau", "equal to none"]
-    return f"{text}\n{table(heads, lines)}\n{_crossover(pays)}"
+        lines.append([size, name, *cells, ratio(tau), f"{part['same'].sum()}/{part['batch'].sum()}"])
+    text = """## Batches
+
+Prompts that begin together; rows that end early stay empty, so to the last row a batch is as slow as its slowest one.
+Intervals are over passes.
+"""
+    speeds = [head for title in spans for head in (f"tokens/s {title}", "ratio to none")]
+    heads = ["batch", "drafter", *speeds, "tau", "equal to none"]
+    crossover = f"\n{_crossover(pays)}" if len(spans) == 2 else ""
+    return f"{text}\n{table(heads, lines)}{crossover}"
 
 
 def _crossover(pays: dict[tuple[str, int], float]) -> str:

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from _gpu import event, spread, wait
-from _runtimes import digest
+from _runtimes import counted
 from torch.profiler import ProfilerActivity, profile
 
 from specdec.decoding import SpeculativeDecoder
@@ -71,21 +71,8 @@ def decode(decoder: Timed, prompts: Sequence[Sequence[int]], new: int) -> dict[s
     begin = perf_counter()
     result = decoder.generate([list(ids) for ids in prompts], new, ignore_eos=True)
     end = perf_counter()
-    if wrong := [len(tokens) for tokens in result.tokens if len(tokens) != new]:
-        raise RuntimeError(f"an answer has {wrong[0]} tokens of {new}: lengths must be equal to be compared")
-    requests = result.trace.requests
     first = decoder.begins[0] if decoder.begins else end
-    pairs = [pair for r in requests for pair in zip(r.num_accepted, r.num_emitted, strict=True)]
-    whole = [emitted for accepted, emitted in pairs if emitted == accepted + 1]
-    return {
-        "prefill_seconds": first - begin,
-        "decode_seconds": end - first,
-        "decode_tokens": sum(len(tokens) - 1 for tokens in result.tokens),
-        "steps": len(pairs),
-        "whole_tokens": sum(whole),
-        "whole_steps": len(whole),
-        "digests": [digest(tokens) for tokens in result.tokens],
-    }
+    return {"prefill_seconds": first - begin, "decode_seconds": end - first, **counted(result, new)}
 
 
 # ---- the profiler ----------------------------------------------------------------------------------------------------

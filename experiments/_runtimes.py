@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from specdec.decoding import SpeculativeDecoder
+from specdec.decoding import GenerationResult, SpeculativeDecoder
 from specdec.drafter import Drafter
 from specdec.types import Acceptance
 
@@ -90,21 +90,36 @@ def run_ours(target: Any, drafter: Drafter, verifier: Any, questions: Sequence[Q
     begin = perf_counter()
     result = decoder.generate([question.ids for question in questions], new, ignore_eos=True)
     end = perf_counter()
-    for tokens in result.tokens:
-        _check_length(tokens, new)
     requests = result.trace.requests
     first = decoder.first_step or end
-    pairs = [pair for r in requests for pair in zip(r.num_accepted, r.num_emitted, strict=True)]
-    whole = [emitted for accepted, emitted in pairs if emitted == accepted + 1]
     return {
         "prefill_seconds": first - begin,
         "decode_seconds": end - first,
+        **counted(result, new),
+        "step_seconds": sum(sum(r.step_seconds) for r in requests),
+        "verify_seconds": sum(sum(r.verify_seconds) for r in requests),
+    }
+
+
+def counted(result: GenerationResult, new: int) -> dict[str, Any]:
+    """What a batch of prompts to exactly `new` tokens each was decoded in.
+
+    whole_*: steps that the limit did not cut short. full_*: tokens and seconds while no row had ended; a batch that begins
+    together is as slow as its slowest row, one that is refilled goes on at this speed.
+    """
+    for tokens in result.tokens:
+        _check_length(tokens, new)
+    requests = result.trace.requests
+    pairs = [pair for r in requests for pair in zip(r.num_accepted, r.num_emitted, strict=True)]
+    whole = [emitted for accepted, emitted in pairs if emitted == accepted + 1]
+    full = min(len(r.num_emitted) for r in requests)
+    return {
         "decode_tokens": sum(len(tokens) - 1 for tokens in result.tokens),
         "steps": len(pairs),
         "whole_tokens": sum(whole),
         "whole_steps": len(whole),
-        "step_seconds": sum(sum(r.step_seconds) for r in requests),
-        "verify_seconds": sum(sum(r.verify_seconds) for r in requests),
+        "full_tokens": sum(sum(r.num_emitted[:full]) for r in requests),
+        "full_seconds": sum(sum(r.step_seconds[:full]) for r in requests),
         "digests": [digest(tokens) for tokens in result.tokens],
     }
 

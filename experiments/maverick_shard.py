@@ -219,7 +219,7 @@ def measured(document: dict[str, Any]) -> dict[str, Any] | None:
     ]
     if not rows:
         return None
-    revision = (here["git"] or {}).get("revision", "unknown")
+    revision = (here["git"] or {}).get("revision", "unknown")[:7]
     layers = "" if setup["layers"] is None else f", only {setup['layers']} layers: no measure of the whole model"
     steps = [
         {

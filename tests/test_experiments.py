@@ -250,17 +250,25 @@ def test_bits_are_told_apart(gpu_options: list[str], monkeypatch: pytest.MonkeyP
 
 
 def test_gpu_tables_say_where_drafting_stops_paying() -> None:
+    """By the speed while all rows run: to the last row a batch waits for its slowest one."""
     rows = [
         {
             "section": "batch", "batch": size, "drafter": name, "pass": 0, "digests": ["x"] * size, "steps": 5,
             "prefill_seconds": 1.0, "decode_tokens": 10 * size, "decode_seconds": seconds, "whole_tokens": 8, "whole_steps": 4,
+            "full_tokens": 9 * size, "full_seconds": full,
         }
-        for size, name, seconds in [(1, "none", 4.0), (1, "ngram", 2.0), (2, "none", 4.0), (2, "ngram", 5.0)]
+        for size, name, seconds, full in [
+            (1, "none", 4.0, 3.6), (1, "ngram", 2.0, 1.8), (2, "none", 4.0, 3.6), (2, "ngram", 5.0, 3.0),
+            (3, "none", 4.0, 3.6), (3, "ngram", 6.0, 4.5),
+        ]
     ]  # fmt: skip
     text = gpu_report._batch(rows)
-    assert "ngram stops paying at batch 2." in text
-    assert "| 1 | ngram | 5 | 2.00 | 2.00 | 1/1 |" in text
-    assert "| 2 | ngram | 4 | 0.80 | 2.00 | 2/2 |" in text
+    assert "ngram stops paying at batch 3." in text
+    assert "| 1 | ngram | 5 | 2.00 | 5 | 2.00 | 2.00 | 1/1 |" in text
+    assert "| 2 | ngram | 4 | 0.80 | 6 | 1.20 | 2.00 | 2/2 |" in text
+    older = [{key: value for key, value in row.items() if not key.startswith("full_")} for row in rows]
+    assert "stops paying" not in gpu_report._batch(older)
+    assert "| 2 | ngram | 4 | 0.80 | 2.00 | 2/2 |" in gpu_report._batch(older)
 
 
 def test_kernels_own_times_and_bytes() -> None:
