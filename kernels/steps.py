@@ -107,6 +107,33 @@ def _longest_match(tokens: Tensor, suffix: Tensor, last: Tensor) -> tuple[Tensor
     return best // size, best % size
 
 
+def entries(
+    tokens: Tensor, lengths: Tensor, num_new: Tensor, first: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a head that follows the target reads of tokens int64 [B, L]: `count` entries from the first-th new one on.
+
+    New are num_new int32 [B] tokens before the last of `lengths` int32 [B]. Returns the token behind each entry, int64
+    [B, count], its position, int32 [B, count], that of the first, int32 [B], and which of them is a row's last new one, or the
+    nearest to it, int64 [B]. What a row has no tokens for lies behind its end and repeats the last one.
+    """
+    compiled = _compiled(tokens, lengths, num_new) if tokens.is_contiguous() else None
+    if compiled is not None:
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = compiled.entries(tokens, lengths, num_new, first, count)
+        return found
+    return entries_reference(tokens, lengths, num_new, first, count)
+
+
+def entries_reference(
+    tokens: Tensor, lengths: Tensor, num_new: Tensor, first: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A dozen vector operations."""
+    begin = torch.minimum(lengths - 1 - num_new + first, lengths - 1)
+    positions = begin[:, None] + torch.arange(count, dtype=begin.dtype, device=begin.device)
+    following = torch.minimum(positions + 1, lengths[:, None] - 1)
+    place = (num_new - 1 - first).clamp(0, count - 1).long()
+    return tokens.gather(1, following.long()), positions, begin, place
+
+
 def follow(
     nodes: Tensor, parents: Tensor, num_nodes: Tensor, chosen: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,12 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Law = Literal["any", "iid", "distinct"]
+
+
+def ascending(first: int, count: int, device: torch.device) -> Tensor:
+    """int32 [count] from `first` on. Made once, as on a GPU each is a launch: nobody may write to it."""
+    make = _ascending.__wrapped__ if torch._C._len_torch_dispatch_stack() else _ascending  # a fake one must not stay
+    return make(first, count, device)
+
+
+def repeated(value: int, count: int, device: torch.device) -> Tensor:
+    """int32 [count] of one value; made once, too."""
+    make = _repeated.__wrapped__ if torch._C._len_torch_dispatch_stack() else _repeated
+    return make(value, count, device)
+
+
+@cache  # of any size: graphs keep addresses
+def _ascending(first: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(first, first + count, dtype=torch.int32, device=device)
+
+
+@cache
+def _repeated(value: int, count: int, device: torch.device) -> Tensor:
+    return torch.full((count,), value, dtype=torch.int32, device=device)
 
 
 @dataclass(slots=True)
@@ -77,9 +100,9 @@ class DraftTree:
         """Tree of one path. root [B], drafts [B, K], num_drafts [B] (all K when left out), probs f32 [B, K or K+1, V]."""
         batch, k = drafts.shape
         device = drafts.device
-        parents = torch.arange(-1, k, dtype=torch.int32, device=device).expand(batch, k + 1)
+        parents = ascending(-1, k + 1, device).expand(batch, k + 1)
         if num_drafts is None:
-            num_nodes = torch.full((batch,), k + 1, dtype=torch.int32, device=device)
+            num_nodes = repeated(k + 1, batch, device)
         else:
             num_nodes = (num_drafts + 1).to(torch.int32)
         if probs is not None and probs.shape[1] == k:  # nobody hangs on the last node: its row is never read

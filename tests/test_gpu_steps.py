@@ -93,6 +93,16 @@ def test_lookup_in_long_rows(vocab: int) -> None:
     check(gpu_steps.lookup(*on(*args)), steps.lookup_reference(*args))
 
 
+@FEW
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 6), SEEDS)
+def test_entries(rows: int, count: int, first: int, seed: int) -> None:
+    draw = rng(seed)
+    tokens = torch.randint(0, 99, (rows, 40), generator=draw)
+    lengths = torch.randint(1, 40, (rows,), generator=draw, dtype=torch.int32)
+    args = (tokens, lengths, (torch.rand(rows, generator=draw) * lengths).int(), first, count)
+    check(gpu_steps.entries(*on(*args)), steps.entries_reference(*args))
+
+
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +261,7 @@ KINDS = {
     "logits": "*fp32", "temperature": "*fp32", "factor": "fp32",
     "num_nodes": "*i32", "parents": "*i32", "path": "*i32", "accepted": "*i32", "lengths": "*i32", "limits": "*i32",
     "counts": "*i32", "position": "*i32", "running": "*i1",
+    **dict.fromkeys(("num_new", "positions", "begins"), "*i32"), "first": "i32", "count": "i32",
     **dict.fromkeys(("vocab", "parts", "stride", "node_stride", "parent_stride", "chosen_stride", "token_stride"), "i32"),
     **dict.fromkeys(("size", "num_stops", "row_stride", "nodes_per_row"), "i32"),
 }  # fmt: skip
@@ -261,6 +272,7 @@ SHAPES: list[tuple[str, str, str, dict[str, Any], int]] = [  # module, kernel, a
     (STEPS, "combine_kernel", "keys out parts", {"PARTS": 32}, 1),
     (STEPS, "lookup_kernel", "tokens stride lengths out counts factor",
      {"DRAFTS": 8, "MAX_NGRAM": 3, "MIN_NGRAM": 1, "BLOCK": 2048, "COLUMNS": 16}, 8),
+    (STEPS, "entries_kernel", "tokens stride lengths num_new following positions begins places first count", {"BLOCK": 4}, 1),
     (STEPS, "follow_kernel",
      "nodes node_stride parents parent_stride num_nodes chosen chosen_stride path accepted following",
      {"DEPTH": 7, **TREE}, 1),

@@ -35,6 +35,29 @@ def test_lookup(rows: int, drafts: int, longest: int, shortest: int, vocab: int,
         assert torch.equal(compiled, reference)
 
 
+@settings(max_examples=120, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 6), st.integers(0, 10**6))
+def test_entries(rows: int, count: int, first: int, seed: int) -> None:
+    """The tokens behind the new ones, one after another, and of those behind the end the last; rows without any, too."""
+    draw = rng(seed)
+    tokens = torch.randint(0, 99, (rows, 40), generator=draw)
+    lengths = torch.randint(1, 40, (rows,), generator=draw, dtype=torch.int32)
+    num_new = (torch.rand(rows, generator=draw) * lengths).int()
+    args = (tokens, lengths, num_new, first, count)
+    following, positions, begin, place = found = steps.entries(*args)
+    for compiled, reference in zip(found, steps.entries_reference(*args), strict=True):
+        assert torch.equal(compiled, reference)
+        assert compiled.dtype == reference.dtype
+    for row in range(rows):
+        length, new = int(lengths[row]), int(num_new[row])
+        start = min(length - 1 - new + first, length - 1)
+        assert begin[row] == start
+        assert positions[row].tolist() == list(range(start, start + count))
+        assert following[row].tolist() == [int(tokens[row, min(start + i + 1, length - 1)]) for i in range(count)]
+        if first < new <= first + count:
+            assert positions[row, place[row]] == length - 2
+
+
 def random_tree(draw: torch.Generator, rows: int, nodes: int) -> tuple[torch.Tensor, ...]:
     parents = torch.full((rows, nodes), -1, dtype=torch.int32)
     for i in range(1, nodes):

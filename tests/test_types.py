@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from specdec.decoding import SamplingParams
-from specdec.types import DraftInputs, DraftTree
+from specdec.types import DraftInputs, DraftTree, ascending, repeated
 
 
 def walk(parents: list[int], node: int) -> list[int]:
@@ -136,3 +137,15 @@ def test_the_root_is_the_last_token() -> None:
     sampling = SamplingParams().tensors(2, torch.device("cpu"))
     inputs = DraftInputs(tokens, torch.tensor([3, 1]).int(), torch.tensor([2, 0]).int(), 2, None, sampling)
     assert inputs.root.tolist() == [7, 8]
+
+
+def test_constants_are_made_once_and_a_fake_one_is_not_kept() -> None:
+    """Sizes that nothing else here asks for: what is first made under a fake mode has no values."""
+    cpu = torch.device("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(ascending(-3, 37, cpu), FakeTensor)
+        assert isinstance(repeated(7, 37, cpu), FakeTensor)
+    assert ascending(-3, 37, cpu).tolist() == list(range(-3, 34))
+    assert repeated(7, 37, cpu).tolist() == [7] * 37
+    assert ascending(-3, 37, cpu) is ascending(-3, 37, cpu)
+    assert ascending(-3, 37, cpu).dtype == repeated(7, 37, cpu).dtype == torch.int32

@@ -85,6 +85,22 @@ def _lookup(args, thread):
 
 
 @kernel
+def _entries(args, thread):
+    a = carray(args, (MAX_ARGS,))
+    rows, tokens, stride, lengths, num_new, first, count = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+    following, positions, begins, places = a[9], a[10], a[11], a[12]
+    for b in range(rows):
+        last, new = simd.load_int(lengths + 4 * b) - 1, simd.load_int(num_new + 4 * b)
+        begin = min(last - new + first, last)
+        for i in range(count):
+            token = simd.load_long(tokens + stride * b + 8 * min(begin + i + 1, last))
+            simd.store_long(following + 8 * (count * b + i), token)
+            simd.store_int(positions + 4 * (count * b + i), begin + i)
+        simd.store_int(begins + 4 * b, begin)
+        simd.store_long(places + 8 * b, min(max(new - 1 - first, 0), count - 1))
+
+
+@kernel
 def _follow(args, thread):
     a = carray(args, (MAX_ARGS,))
     rows, depth, nodes, node_stride, parents, parent_stride = a[2], a[3], a[4], a[5], a[6], a[7]
@@ -174,6 +190,21 @@ def lookup(
         bits_of(factor), out.data_ptr(), counts.data_ptr(),
     )  # fmt: skip
     return out, counts
+
+
+def entries(
+    tokens: Tensor, lengths: Tensor, num_new: Tensor, first: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.steps.entries`."""
+    batch = tokens.shape[0]
+    lengths, num_new = lengths.int().contiguous(), num_new.int().contiguous()
+    following, positions = tokens.new_empty(batch, count), lengths.new_empty(batch, count)
+    begins, places = torch.empty_like(lengths), tokens.new_empty(batch)
+    _entries.call(
+        batch, tokens.data_ptr(), 8 * tokens.stride(0), lengths.data_ptr(), num_new.data_ptr(), first, count,
+        following.data_ptr(), positions.data_ptr(), begins.data_ptr(), places.data_ptr(),
+    )  # fmt: skip
+    return following, positions, begins, places
 
 
 def follow(

@@ -85,6 +85,23 @@ def lookup_kernel(
 
 
 @triton.jit
+def entries_kernel(
+    tokens, stride, lengths, num_new, following, positions, begins, places, first, count, BLOCK: tl.constexpr
+):
+    """Grid (B,). count entries of a row; see `kernels.steps.entries`."""
+    row = tl.program_id(0).to(tl.int64)
+    last, new = tl.load(lengths + row) - 1, tl.load(num_new + row)
+    begin = tl.minimum(last - new + first, last)
+    column = tl.arange(0, BLOCK)
+    mask, position = column < count, begin + column
+    token = tl.load(tokens + row * stride + tl.minimum(position + 1, last), mask, other=0)
+    tl.store(following + row * count + column, token, mask)
+    tl.store(positions + row * count + column, position, mask)
+    tl.store(begins + row, begin)
+    tl.store(places + row, tl.minimum(tl.maximum(new - 1 - first, 0), count - 1).to(tl.int64))
+
+
+@triton.jit
 def follow_kernel(
     nodes, node_stride, parents, parent_stride, num_nodes, chosen, chosen_stride, path, accepted, following,
     DEPTH: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -192,6 +209,20 @@ def lookup(
         COLUMNS=triton.next_power_of_2(num_drafts + 1), num_warps=8, **_NO_FUSION,
     )  # fmt: skip
     return out, counts
+
+
+def entries(
+    tokens: Tensor, lengths: Tensor, num_new: Tensor, first: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.steps.entries`."""
+    batch = tokens.shape[0]
+    following, positions = tokens.new_empty(batch, count), lengths.new_empty(batch, count)
+    begins, places = torch.empty_like(lengths), tokens.new_empty(batch)
+    entries_kernel[(batch,)](
+        tokens, tokens.stride(0), lengths, num_new, following, positions, begins, places, first, count,
+        BLOCK=triton.next_power_of_2(count), num_warps=1, **_NO_FUSION,
+    )  # fmt: skip
+    return following, positions, begins, places
 
 
 def _rows_dense(x: Tensor) -> Tensor:

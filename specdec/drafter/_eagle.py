@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.drafter import Drafter
 from specdec.drafter._head import features_of, find_head, read_config
+from specdec.kernels.steps import entries
 from specdec.nn import KVCache
 from specdec.structure import RootState, Structure, as_structure
 from specdec.types import DraftInputs, DraftTree, Law, ModelInputs
@@ -114,21 +115,20 @@ class FeatureDrafter(Drafter):
 
         Rows start together: what follows a row's own entries is garbage that its drafts overwrite.
         """
-        start = inputs.lengths - 1 - inputs.num_new
-        last = (inputs.num_new - 1).clamp(min=0).long()
         kept: Tensor | None = None
         for first in range(0, inputs.max_new, self.prefill_chunk):
             chunk = features[:, first : first + self.prefill_chunk]
             count = chunk.shape[1]
-            begin = torch.minimum(start + first, inputs.lengths - 1)  # where a row ended long ago, right behind its end
-            positions = begin[:, None] + torch.arange(count, dtype=begin.dtype, device=begin.device)
-            following = torch.minimum(positions + 1, inputs.lengths[:, None] - 1)
-            entries = ModelInputs(inputs.tokens.gather(1, following.long()), positions, begin)
-            states, _ = self.model(entries, self.model.fuse(chunk.flatten(0, 1)), self._cache, logits=False)
-            hidden = states.view(len(start), count, -1)
-            place = (last - first).clamp(0, count - 1)[:, None, None].expand(-1, -1, hidden.shape[-1])
-            found = hidden.gather(1, place).squeeze(1)
-            kept = found if kept is None else torch.where((last >= first)[:, None], found, kept)
+            following, positions, begin, place = entries(inputs.tokens, inputs.lengths, inputs.num_new, first, count)
+            states, _ = self.model(
+                ModelInputs(following, positions, begin),
+                self.model.fuse(chunk.flatten(0, 1)),
+                self._cache,
+                logits=False,
+            )
+            hidden = states.view(len(begin), count, -1)
+            found = hidden.gather(1, place[:, None, None].expand(-1, -1, hidden.shape[-1])).squeeze(1)
+            kept = found if kept is None else torch.where((inputs.num_new > first)[:, None], found, kept)
         assert kept is not None, "a step commits a token"
         return kept
 

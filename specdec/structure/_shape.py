@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from specdec.types import DraftTree, ModelInputs
+from specdec.types import DraftTree, ModelInputs, repeated
 
 __all__ = ["TreeShape", "likely_paths", "regular_paths"]
 
@@ -82,11 +82,11 @@ class TreeShape:
 
     def take(self, choices: Tensor, d: int) -> Tensor:
         """The tokens of level d + 1 from the choices of all nodes of level d. [B, n, c] -> [B, n']."""
-        return choices[:, self.parent_at[d], self.ranks[d]]
+        return choices[..., 0] if self.is_chain else choices[:, self.parent_at[d], self.ranks[d]]
 
     def level_inputs(self, tokens: Tensor, prefix_lens: Tensor, d: int) -> ModelInputs:
         """A forward of level d, tokens [B, n], over the levels above it. A chain is plain causal attention."""
-        positions = (prefix_lens[:, None] + d).repeat(1, tokens.shape[1])
+        positions = prefix_lens[:, None] + d if self.is_chain else (prefix_lens[:, None] + d).repeat(1, tokens.shape[1])
         paths = None if self.is_chain else self.slots[d].repeat(tokens.shape[0], 1, 1)  # kernels read dense memory
         return ModelInputs(tokens, positions, prefix_lens, paths, self.starts[d])
 
@@ -94,5 +94,5 @@ class TreeShape:
         """Dress the shape with tokens [B, N]; num_nodes int32 [B], all nodes when left out."""
         batch = tokens.shape[0]
         if num_nodes is None:
-            num_nodes = torch.full((batch,), self.num_nodes, dtype=torch.int32, device=tokens.device)
+            num_nodes = repeated(self.num_nodes, batch, tokens.device)
         return DraftTree(tokens, self.parents.expand(batch, -1), num_nodes, self.depth, probs)

@@ -15,7 +15,7 @@ from specdec.target.backends import DTYPES, choose_backend, choose_device, choos
 from specdec.target.loading import make_model, open_source, parse_shard
 from specdec.target.memory import check_cache
 from specdec.target.ranks import join
-from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary
+from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary, ascending
 from specdec.weights.checkpoint import Named
 
 
@@ -212,7 +212,7 @@ class Llama:
         self._chain = tree.is_chain
         paths = None if tree.is_chain else tree.paths()
         if paths is None:
-            depths = torch.arange(tree.tokens.shape[1], dtype=torch.int32, device=self.device)
+            depths = ascending(0, tree.tokens.shape[1], self.device)
         else:
             depths = (paths >= 0).sum(-1, dtype=torch.int32) - 1
         return self._run(ModelInputs(tree.tokens, self.lengths[:, None] + depths, self.lengths, paths))
