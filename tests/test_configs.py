@@ -206,9 +206,10 @@ def test_a_mistake_is_a_sentence(overrides: list[str], words: list[str]) -> None
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
-TREES = {"token_recycling", "layer_skip_tree", "layer_skip_dynamic", "small_model_tree", "suffix_tree"}
+TREES = {"hybrid_tree", "token_recycling", "layer_skip_tree", "layer_skip_dynamic", "small_model_tree", "suffix_tree"}
 CHAINS_ONLY = {"speculative_sampling", "block"}
 VARIANTS = {
+    "hybrid_tree": ["drafter=hybrid", "drafter@drafter.second=token_recycling"],
     "layer_skip_tree": ["drafter=layer_skip", "drafter.structure=[2,2]"],
     "layer_skip_dynamic": ["drafter=layer_skip", "structure@drafter.structure=dynamic", "drafter.structure.depth=3"],
     "small_model_tree": ["drafter=small_model", "target@drafter.model=toy", "drafter.structure=[2,1]"],

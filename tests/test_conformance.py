@@ -11,6 +11,7 @@ from specdec.decoding import SamplingParams, SpeculativeDecoder
 from specdec.decoding import decoder as loop
 from specdec.decoding.state import DecodeState
 from specdec.drafter import Drafter
+from specdec.drafter.hybrid import Hybrid
 from specdec.drafter.layer_skip import LayerSkip
 from specdec.drafter.ngram import NGram
 from specdec.drafter.none import NoDraft
@@ -31,6 +32,9 @@ from specdec.verifier.traversal import Traversal
 from specdec.verifier.typical import Typical
 
 DRAFTERS = {
+    "hybrid": lambda: Hybrid(NGram(), SmallModel(model=Toy(backend="torch"), num_draft_tokens=3), min_drafts=4),
+    "hybrid_host": lambda: Hybrid(Suffix(), TokenRecycling(), min_drafts=2),
+    "hybrid_tree": lambda: Hybrid(NGram(3), SmallModel(model=Toy(backend="torch"), structure=[2, 1]), min_drafts=3),
     "none": NoDraft,
     "ngram": NGram,
     "suffix": Suffix,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specdec.drafter import Drafter
+from specdec.drafter.hybrid import Hybrid
 from specdec.drafter.layer_skip import LayerSkip
 from specdec.drafter.ngram import NGram
 from specdec.drafter.none import NoDraft
@@ -527,3 +528,73 @@ def test_graphable_drafters_read_nothing_on_the_host(drafter: Drafter, temperatu
         logits = torch.zeros(*tree.tokens.shape, VOCAB)
         accepted = torch.zeros(2, dtype=torch.int32)
         drafter.observe(tree, ModelOutput(logits), Acceptance(tree.parents, accepted, tree.tokens[:, 0]))
+
+
+# ---- two in one ------------------------------------------------------------------------------------------------------
+
+
+class Said(NoDraft):
+    """Proposes what it was given and notes what it was asked."""
+
+    def __init__(self, drafts: Sequence[Sequence[int]], size: int, tree: bool = False) -> None:
+        self.drafts, self.size, self.tree = drafts, size, tree
+        self.num_draft_tokens, self.depth = size, size - 1 if tree else size
+        self.asked: list[str] = []
+
+    def prefill(self, inputs: DraftInputs) -> bool:
+        self.asked.append("follow")
+        return True
+
+    def propose(self, inputs: DraftInputs) -> DraftTree:
+        self.asked.append("propose")
+        tokens = torch.tensor([[*drafts, *[0] * (self.size - len(drafts))] for drafts in self.drafts])
+        counts = torch.tensor([len(drafts) for drafts in self.drafts], dtype=torch.int32)
+        chain = DraftTree.chain(inputs.root, tokens, counts)
+        if not self.tree:
+            return chain
+        parents = torch.tensor([-1, 0, 0, *range(2, self.size)], dtype=torch.int32).expand(len(counts), -1)
+        return DraftTree(chain.tokens, parents, chain.num_nodes, self.depth)
+
+
+def test_a_row_takes_the_first_drafts_where_there_are_enough() -> None:
+    inputs = inputs_for([[1, 2], [3, 4], [5, 6]], [1, 1, 1])
+    first, second = Said([[1, 2, 3], [1], []], 3), Said([[7, 8], [7, 8], [7]], 2)
+    hybrid = Hybrid(first, second, min_drafts=2)
+    tree = hybrid.propose(inputs)
+    check_shape(hybrid, tree, inputs)
+    assert tree.is_chain
+    assert rows(tree) == [[1, 2, 3], [7, 8], [7]]
+    assert second.asked == ["propose"]
+
+
+def test_the_second_only_follows_while_the_first_serves_all() -> None:
+    """A row that does not run asks for nothing."""
+    first, second = Said([[1, 2], [], [3, 4]], 2), Said([[7], [7], [7]], 1)
+    hybrid = Hybrid(first, second, min_drafts=2)
+    tree = hybrid.propose(inputs_for([[1, 2], [3, 4], [5, 6]], [1, 0, 1]))
+    assert rows(tree) == [[1, 2], [], [3, 4]]
+    assert second.asked == ["follow"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_chain_beside_a_tree_is_a_tree(size: int) -> None:
+    """Padding keeps what each proposed; a chain as deep as there are nodes gets a node more, or it would be read as one."""
+    inputs = inputs_for([[1, 2], [3, 4]], [1, 1])
+    hybrid = Hybrid(Said([[1, 2][:size], []], size), Said([[5, 6, 7], [5, 6, 7]], 3, tree=True), min_drafts=2)
+    tree = hybrid.propose(inputs)
+    check_shape(hybrid, tree, inputs)
+    assert not tree.is_chain
+    assert tree.num_nodes.tolist() == [3, 4]
+    assert tree.node_depths()[0, :3].tolist() == [0, 1, 2]
+    assert tree.node_depths()[1, :4].tolist() == [0, 1, 1, 2]
+    assert tree.tokens[0, :3].tolist() == [2, 1, 2]
+    assert tree.tokens[1, :4].tolist() == [4, 5, 6, 7]
+
+
+def test_a_hybrid_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="min_drafts=6 must be 1 to 5, the most that NGram proposes"):
+        Hybrid(NGram(), NoDraft(), min_drafts=6)
+    taps = Said([[1]], 1)
+    taps.features = ("hidden",)
+    with pytest.raises(ValueError, match="Said and Said both read the target's features"):
+        Hybrid(taps, taps, min_drafts=1)

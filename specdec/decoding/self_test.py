@@ -28,6 +28,8 @@ def known_prompt_length(decoder: SpeculativeDecoder) -> float | None:
 def self_test(decoder: SpeculativeDecoder) -> None:
     """ValueError where a trained head stays below what its card says, a warning where none says anything and it is poor."""
     drafter = decoder.drafter
+    for part in drafter.parts:
+        self_test(SpeculativeDecoder(decoder.target, part, decoder.verifier))
     if not drafter.trained or (length := known_prompt_length(decoder)) is None:
         return
     known = drafter.card.get("self_test")

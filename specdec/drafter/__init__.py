@@ -22,6 +22,7 @@ class Drafter(ABC):
     laws: frozenset[Law] = frozenset({"any"})  # "any": deterministic drafts; "iid" / "distinct": drawn, with probs
     graphable: bool = True  # False: reads tensors on the host, runs outside a CUDA graph
     trained: bool = False  # drafts with a checkpoint that was made for one target, so it is tested on a known prompt
+    parts: Sequence[Drafter] = ()  # drafters that it is made of; those with a checkpoint are tested one by one
     card: Mapping[str, Any] = {}  # what such a checkpoint says of itself: config.json's "specdec"
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:

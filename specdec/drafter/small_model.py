@@ -77,6 +77,8 @@ class SmallModel(Drafter):
 
     def propose(self, inputs: DraftInputs) -> DraftTree:
         window = self.depth + 2
+        if inputs.max_new >= window:  # more than its own drafts: a prompt, or what another drafter proposed
+            self.prefill(inputs)
         start = (inputs.lengths - window).clamp(min=0)
         logits = self._run(inputs, start, window)
         root_at = (inputs.lengths - 1 - start).long()[:, None, None]
