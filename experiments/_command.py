@@ -31,7 +31,7 @@ def run_benchmark(
     benchmark: Callable[[Any], Any],
     render: Callable[[dict[str, Any]], str],
     arguments: Sequence[str],
-) -> None:
+) -> Results:
     """Measure what is missing, unless --render, and write the tables. `benchmark` raises ValueError for a user's mistake."""
     options = read_options(name, text, parse, arguments)
     results = Results(Path(options.results), name, render)
@@ -42,3 +42,4 @@ def run_benchmark(
             sys.exit(f"{name}: {error}")
         results.measure(made.setup(), begin(name, arguments, options.revision), made.jobs())
     results.write_report()
+    return results

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _command import run_benchmark
 from _gpu import (
     Job,
-    Results,
-    begin,
     ceilings,
     expert_bytes,
     fill_cache,
@@ -37,7 +36,6 @@ from _gpu import (
 )  # fmt: skip
 from _gpu_shard_report import render
 from _gpu_steps import WARM, Timed, kernel_rows, profiled, summary
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from specdec.drafter import Drafter
@@ -251,28 +249,12 @@ def parse(arguments: Sequence[str]) -> Options:
     return options
 
 
-def report(results: Results) -> None:
-    """Tables, and what the projection reads, from the JSON file alone."""
-    results.write_report()
+def main(arguments: Sequence[str]) -> None:
+    """The command line; what the projection reads is made of the results, too."""
+    results = run_benchmark(NAME, __doc__, parse, Benchmark, render, arguments)
     if (document := measured(json.loads(results.json.read_text(encoding="utf-8")))) is not None:
         path = results.json.with_name("measured.json")
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The command line."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, OmegaConf.to_yaml(OmegaConf.structured(Options)), sep="\n")
-        return
-    try:
-        options = parse([argument for argument in arguments if argument != "--render"])
-    except ValueError as error:
-        sys.exit(f"{NAME}: {error}")
-    results = Results(Path(options.results), NAME, render)
-    if "--render" not in arguments:
-        benchmark = Benchmark(options)
-        results.measure(benchmark.setup(), begin(NAME, arguments, options.revision), benchmark.jobs())
-    report(results)
 
 
 if __name__ == "__main__":
