@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Where to take torch from, e.g. PyTorch's own index of CPU or CUDA builds (pytorch.org lists them); empty: pip's default.
 TORCH_INDEX ?=
 # Drafters that the demo compares with plain decoding.
-DRAFTERS ?= ngram,suffix,token_recycling,eagle3
+DRAFTERS ?= ngram,suffix,token_recycling,eagle3,hybrid
 # More KEY=VALUE for the demo and the benchmark.
 EXTRA ?=
 
@@ -54,7 +54,7 @@ types: $(INSTALLED)  ## mypy
 check: lint types test  ## ruff, mypy and pytest
 
 notebook: $(INSTALLED)  ## run the notebook on the newest run folder
-	@$(BIN)/python -m nbclient.cli --output $(VENV)/which_drafter.ipynb notebooks/which_drafter.ipynb && echo "$(VENV)/which_drafter.ipynb"
+	@$(BIN)/jupyter-execute --output=../$(VENV)/which_drafter.ipynb notebooks/which_drafter.ipynb && echo "$(VENV)/which_drafter.ipynb"
 
 bench: $(MODEL)  ## the CPU benchmark against transformers (EXTRA='dataset.path=FILE')
 	@$(BIN)/python experiments/cpu_decoding.py $(EXTRA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ def build(node: Any, group: str) -> Any:
         return instantiate(node)
     except (InstantiationException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
+        if found := re.match("Error locating target '(.*?)'", str(error)):
+            raise ValueError(
+                f"{group}: {found[1]} cannot be imported ({str(cause).splitlines()[-1]}): is the folder of its file on PYTHONPATH?"
+            ) from error
         if isinstance(cause, OmegaConfBaseException):
             raise ValueError(_missing(cause, group)) from error
         if isinstance(cause, ValueError | OSError):
@@ -102,7 +107,10 @@ def _drafter_config(name: str, keys: Sequence[str]) -> DictConfig:
     options = loader.get_group_options("drafter")
     if name not in options:
         raise ValueError(f"drafters names {name!r}, which does not exist; there are {', '.join(options)}")
-    node: DictConfig = compose_config([f"drafter={name}", *(keys if name != BASELINE else ())]).drafter
+    try:
+        node: DictConfig = compose_config([f"drafter={name}", *(keys if name != BASELINE else ())]).drafter
+    except ValueError as error:
+        raise ValueError(f"{error} (of {name}; drafter.KEY holds for each of drafters)") from error
     return node
 
 

@@ -266,6 +266,18 @@ def test_held_out_is_disjoint_and_stays(asked: Path, toy: Toy, tmp_path: Path) -
     assert corpus.name(int(corpus.rows_of_shard(2)[4])) == "shard 2, row 4"
 
 
+def test_the_first_shards_that_hold_so_many_tokens(asked: Path) -> None:
+    """However much was written since: a run on a folder with more text learns what it would have learnt without."""
+    counts = [shards.read_record(asked, index)["tokens"] for index in shards.indices(asked)]
+    assert len(counts) > 2
+    for tokens, used in ((1, 1), (counts[0], 1), (counts[0] + 1, 2), (sum(counts), len(counts)), (10**9, len(counts))):
+        corpus = Corpus(asked, heldout=0.3, tokens=tokens)
+        assert corpus.shards == shards.indices(asked)[:used]
+        assert len(corpus.checksums) == used
+    assert corpus.fingerprint == Corpus(asked, heldout=0.3).fingerprint
+    assert Corpus(asked, heldout=0.3, tokens=1).fingerprint != corpus.fingerprint
+
+
 def test_a_conversation_is_on_one_side(folder: Path) -> None:
     """Rows that begin with the same user turn are all held out, or none is."""
     corpus = Corpus(folder, heldout=0.5)

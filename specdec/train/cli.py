@@ -113,14 +113,14 @@ def _target(cfg: DictConfig, group: ranks.Ranks | None) -> Target:
 
 
 def _text(cfg: DictConfig, target: Target, source: Source, group: ranks.Ranks | None, console: Console) -> Corpus:
-    """What is in data.folder, once there is enough of it."""
+    """The first data.tokens of data.folder, once there are so many."""
     rank, world = (group.rank, group.world) if group else (0, 1)
     write_corpus(
         cfg.data.folder, target, source, cfg.data.tokens, composition.build(cfg.data.answers, "data.answers"),
         batch_size=cfg.data.batch_size, rank=rank, world=world, console=console,
     )  # fmt: skip
     wait(group)
-    corpus = Corpus(cfg.data.folder, cfg.data.heldout)
+    corpus = Corpus(cfg.data.folder, cfg.data.heldout, cfg.data.tokens)
     corpus.steps(cfg.training.batch_size, cfg.training.max_len)  # enough for a batch
     return corpus
 

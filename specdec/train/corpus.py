@@ -35,13 +35,14 @@ class Batch(NamedTuple):
 
 
 class Corpus:
-    """All rows of a folder in memory. A conversation that an earlier shard has too is left out.
+    """Rows of a folder in memory. A conversation that an earlier shard has too is left out.
 
     heldout: share of the conversations kept from training. Which ones is decided by a hash of the first user turn, so it
-    is the same in every run, however many shards there are. ValueError names a shard that is missing or damaged.
+    is the same in every run, however many shards there are. tokens: take the first shards that hold so many, whatever else
+    has been written since; None: take all. ValueError names a shard that is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path, heldout: float = 0.03) -> None:
+    def __init__(self, folder: str | Path, heldout: float = 0.03, tokens: int | None = None) -> None:
         self.folder = Path(folder)
         if not 0 <= heldout < 1:
             raise ValueError(f"heldout={heldout} must be at least 0 and below 1, such as 0.03")
@@ -56,9 +57,14 @@ class Corpus:
         self._tokens: list[Tensor] = []  # int32, a shard each
         self.checksums: list[str] = []  # of the shards
         parts: dict[str, list[Tensor]] = {"shard": [], "row": [], "start": [], "stop": [], "answer": [], "key": []}
-        seen = torch.zeros(0, dtype=torch.int64)
+        seen, held = torch.zeros(0, dtype=torch.int64), 0
         for place, index in enumerate(self.shards):
-            self.checksums.append(shards.verify(self.folder, index, _REMEDY)["sha256"])
+            if tokens is not None and held >= tokens:
+                self.shards = self.shards[:place]
+                break
+            record = shards.verify(self.folder, index, _REMEDY)
+            held += record["tokens"]
+            self.checksums.append(record["sha256"])
             data = load_file(shards.path_of(self.folder, index))
             fresh = (~torch.isin(data["conversations"], seen)).nonzero()[:, 0]
             seen = torch.cat([seen, data["conversations"]])
