@@ -45,7 +45,7 @@ def build(node: Any, group: str) -> Any:
         cause = error.__cause__ or error
         if found := re.match("Error locating target '(.*?)'", str(error)):
             raise ValueError(
-                f"{group}: {found[1]} cannot be imported ({str(cause).splitlines()[-1]}): is the folder of its file on PYTHONPATH?"
+                f"{group}: {found[1]} cannot be imported ({str(cause).splitlines()[-1]}): is its folder on PYTHONPATH?"
             ) from error
         if isinstance(cause, OmegaConfBaseException):
             raise ValueError(_missing(cause, group)) from error

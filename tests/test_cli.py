@@ -123,6 +123,10 @@ def test_the_examples_of_help_compose(specdec: CommandLine) -> None:
         (["dataset.tasks=[wrong]"], ["no task 'wrong'", "summarization"]),
         (["tracking=wandb", "tracking.mode=cloud"], ["'cloud'", "offline"]),
         (["run_dir=/proc/nowhere"], ["/proc/nowhere"]),
+        (
+            ["drafters=[ngram,token_recycling]", "drafter.max_ngram=2"],
+            ["drafter.max_ngram is not a key", "of token_recycling"],
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(

@@ -313,3 +313,9 @@ def test_a_small_model_from_its_config(toy: Toy) -> None:
     with pytest.raises(ValueError, match="300"):
         drafter.setup(toy, 1, 32, "any")
     assert drafter.model is kept
+
+
+def test_a_class_that_is_nowhere_is_one_sentence() -> None:
+    """A drafter of one's own whose folder Python does not know."""
+    with pytest.raises(ValueError, match=r"drafter: nowhere\.Mine cannot be imported .*is its folder on PYTHONPATH\?"):
+        build(OmegaConf.create({"_target_": "nowhere.Mine"}), "drafter")

@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from synthetic_trace import row, rows
 
 from specdec import metrics
-from specdec.tracking import NoTracking
-from specdec.tracking.environment import command, environment, git_state
+from specdec.tracking import NoTracking, run_folder
+from specdec.tracking.environment import busy_share, command, environment, git_state
 from specdec.tracking.run_folder import RunError, RunFolder, derive
 from specdec.tracking.wandb import WandbTracker, has_api_key
 
@@ -178,6 +178,23 @@ def test_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "/home" not in json.dumps(facts)
     assert git_state(tmp_path) is None
     assert command([]) == ""
+
+
+def test_a_busy_machine_is_told_from_an_idle_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the ticks between two looks; the run's own wait counts as idle. The table says what is worth saying."""
+    looks = iter(["cpu 100 0 100 700 100 0 0 0 50 0\ncpu0 1", "cpu 130 0 110 750 110 0 0 0 99 0\ncpu0 2"])
+    monkeypatch.setattr(Path, "read_text", lambda self: next(looks))
+    assert busy_share(0.0) == 0.4
+    monkeypatch.undo()
+    assert 0 <= (busy_share(0.01) or 0) <= 1
+    for busy, said in ((0.4, True), (0.05, False), (None, False)):
+        monkeypatch.setattr(run_folder, "busy_share", lambda busy=busy: busy)
+        folder = tmp_path / str(busy)
+        with RunFolder(folder, CONFIG, []) as run:
+            facts = json.loads((run.path / "environment.json").read_text())
+        assert facts["busy"] == busy
+        heading = run_folder._heading(folder, facts)
+        assert ("Other programs kept 40% of the processors busy" in heading) == said
 
 
 def test_git_state_tells_a_changed_tree(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
@@ -70,3 +71,23 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def busy_share(seconds: float = 0.1) -> float | None:
+    """Share of all processors that programs keep busy while this one waits; None where Linux is not asked.
+
+    What else runs on a machine is in every time that is measured there.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    before = _ticks(stat)
+    sleep(seconds)
+    idle, total = (b - a for a, b in zip(before, _ticks(stat), strict=True))
+    return round(1 - idle / total, 2) if total else None
+
+
+def _ticks(stat: Path) -> tuple[int, int]:
+    """Idle and all ticks since the machine started; what a guest used counts as the host's."""
+    ticks = [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)

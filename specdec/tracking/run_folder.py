@@ -25,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from specdec import metrics, report
 from specdec.analysis import picture
-from specdec.tracking.environment import environment
+from specdec.tracking.environment import busy_share, environment
 
 Key = tuple[str, str, int, int, int]  # drafter, verifier, request, turn, pass
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BUSY = 0.2  # share of the processors that others may use before a run's table says so
 
 
 class RunError(RuntimeError):
@@ -122,7 +123,7 @@ class RunFolder:
 
     def _begin(self, config: dict[str, Any] | DictConfig, argv: Sequence[str], ignore: Sequence[str]) -> None:
         """Write config and environment, or check them against those of the part that was interrupted."""
-        place, facts = self.path / "config.yaml", environment(argv)
+        place, facts = self.path / "config.yaml", {**environment(argv), "busy": busy_share()}
         text = OmegaConf.to_yaml(OmegaConf.create(config), resolve=True)
         empty = os.fstat(self._trace.fileno()).st_size == 0
         if not place.exists() or empty:  # a run that measured nothing binds nobody to its config
@@ -142,12 +143,12 @@ class RunFolder:
     def _resume(self, facts: dict[str, Any]) -> None:
         """Note that the run went on, and say so when what it runs on has changed."""
         known = json.loads((self.path / "environment.json").read_text())
-        lasting = facts.keys() - {"date", "command"}
+        lasting = facts.keys() - {"date", "command", "busy"}
         changed = {name: [known[name], facts[name]] for name in sorted(lasting) if known[name] != facts[name]}
         if changed:
             names = ", ".join(changed)
             warnings.warn(f"{self.path} goes on with other values of {names}; its speeds mix both", stacklevel=4)
-        known["resumed"].append({"date": facts["date"], "changed": changed})
+        known["resumed"].append({"date": facts["date"], "busy": facts["busy"], "changed": changed})
         write_atomic(self.path / "environment.json", json.dumps(known, indent=2) + "\n")
 
     def _repair(self) -> set[Key]:
@@ -213,6 +214,9 @@ def _heading(folder: Path, environment: Mapping[str, Any]) -> str:
         hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
         lines += [f"{hardware}; torch {environment['versions']['torch']}; {code}; {environment['date']}", ""]
         lines += [f"`{environment['command']}`", ""]
+        parts = [environment, *environment.get("resumed", [])]
+        if (busy := max(part.get("busy") or 0.0 for part in parts)) > BUSY:
+            lines += [f"Other programs kept {busy:.0%} of the processors busy when it began: speeds may be off.", ""]
     return "\n".join([*lines, ""])
 
 
