@@ -28,7 +28,8 @@ def one_sentence(error: BaseException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} does not exist; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not KEY=VALUE as Hydra reads it: {error.message.splitlines()[0]}"
+        hint = "" if "=" in error.override else " (the one word alone is `train`)"
+        return f"{error.override!r} is not KEY=VALUE as Hydra reads it{hint}: {error.message.splitlines()[0]}"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key and cause.parent_node is not None:
         parent, _, name = cause.full_key.rpartition(".")

@@ -276,10 +276,11 @@ def summary(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.
 
 
 def method_labels(summary: pd.DataFrame) -> pd.Series:
-    """A name per row: the drafter, its verifier and run where the table has several, and "lossy" where that holds."""
+    """A name per row: the drafter, its verifier and run where the table has several, and "lossy" where drafts make it so."""
     labels = summary["drafter"].astype(str)
     if summary["verifier"].nunique() > 1:
         labels = labels + " + " + summary["verifier"]
     if summary["run"].nunique() > 1:
         labels = labels + " @ " + summary["run"]
-    return labels.where(summary["lossless"].astype(bool), labels + " (lossy)")
+    exact = summary["lossless"].astype(bool) | (summary["drafter"] == "none")  # without drafts there is nothing to lose
+    return labels.where(exact, labels + " (lossy)")

@@ -112,7 +112,7 @@ def test_the_examples_of_help_compose(specdec: CommandLine) -> None:
         (["drafters=[ngram,wrong]"], ["'wrong'", "eagle3, hybrid, hydra, layer_skip"]),
         (["sampling.temprature=1"], ["sampling.temprature is not a key", "temperature, top_k, top_p"]),
         (["drafters=[ngram"], ["'drafters=[ngram' is not KEY=VALUE"]),
-        (["drafter"], ["'drafter' is not KEY=VALUE"]),
+        (["trian"], ["'trian' is not KEY=VALUE", "the one word alone is `train`"]),
         (["drafter=ngram,suffix"], ["add --multirun"]),
         (["batch_size=true"], ["batch_size=True must be a whole number of at least 1"]),
         (["seed=x"], ["seed=x must be a whole number"]),
