@@ -591,6 +591,18 @@ def test_a_chain_beside_a_tree_is_a_tree(size: int) -> None:
     assert tree.tokens[1, :4].tolist() == [4, 5, 6, 7]
 
 
+def test_each_part_of_a_hybrid_gets_the_room_it_would_get_alone() -> None:
+    """The longest row and its own tree: more could be beyond the positions that a draft model has."""
+    room: dict[int, int] = {}
+
+    class Asked(Said):
+        def setup(self, target: Any, batch_size: int, max_len: int, law: Any) -> None:
+            room[self.size] = max_len
+
+    Hybrid(Asked([[1]], 5), Asked([[1]], 2), min_drafts=1).setup(target_for(), 1, 100 + 5 + 1, "any")
+    assert room == {5: 100 + 5 + 1, 2: 100 + 2 + 1}
+
+
 def test_a_hybrid_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="min_drafts=6 must be 1 to 5, the most that NGram proposes"):
         Hybrid(NGram(), NoDraft(), min_drafts=6)

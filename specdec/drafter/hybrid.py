@@ -48,9 +48,9 @@ class Hybrid(Drafter):
         self.features = self.first.features or self.second.features
 
     def setup(self, target: Any, batch_size: int, max_len: int, law: Law) -> None:
-        room = max_len + self.num_draft_tokens
-        for part in self.parts:
-            part.setup(target, batch_size, room, "any")
+        for part in self.parts:  # max_len counts room for this drafter's tree; a part expects its own there
+            own = max_len - self.num_draft_tokens + part.num_draft_tokens
+            part.setup(target, batch_size, own, "any")
         self._share_features()  # a head may know its layers only now
 
     def prefill(self, inputs: DraftInputs) -> bool:
