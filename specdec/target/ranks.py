@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its defaults keep the group they meet when imported, and so its threads, for good
 from torch import Tensor
 
 __all__ = ["TIMEOUT", "RankError", "Ranks", "join", "joined", "leave", "share"]
@@ -130,7 +131,7 @@ def share(value: T) -> T:
 
 
 def leave() -> None:
-    """Part from the others; nothing may be under way."""
+    """Part from the others, and end the threads that spoke to them; nothing may be under way."""
     global _ranks
     if _ranks is not None:
         dist.destroy_process_group()
