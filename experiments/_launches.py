@@ -13,7 +13,9 @@ from _cross_compile import Job
 from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from specdec.kernels.gpu import attention, heads, moe, norm, ops
+from specdec.kernels.gpu import attention, exchange, heads, moe, norm, ops
+from specdec.kernels.gpu.exchange import Mailbox
+from specdec.kernels.gpu.parallel import ParallelOps
 from specdec.kernels.gpu.table import SMALL_BLOCK
 from specdec.nn import DecoderModel, KVCache, ModelConfig, Shard
 from specdec.types import ModelInputs
@@ -57,7 +59,7 @@ def noted(arch: int) -> Iterator[list[Job]]:
     """Nothing is launched meanwhile."""
     jobs: list[Job] = []
     with ExitStack() as patches:
-        for module in (ops, heads, attention, moe, norm):
+        for module in (ops, heads, attention, moe, norm, exchange):
             for name, kernel in vars(module).copy().items():
                 if name.endswith("_kernel"):
                     patches.enter_context(patch.object(module, name, Noting(kernel, arch, jobs)))
@@ -71,10 +73,14 @@ def launches(
     static: bool = False,
     tree: bool = False,
     shard: Shard | None = None,
+    together: bool = False,
 ) -> list[Job]:
-    """Everything that one forward of two rows launches. static: FP8 inputs have a scale in the checkpoint."""
+    """Everything that one forward of two rows launches. static: FP8 inputs have a scale in the checkpoint.
+
+    together: with the other ranks of the shard, through their memory; else it is measured by itself.
+    """
     nowhere = torch.device("meta")
-    operations = ops.Ops(nowhere)
+    operations = _with_others(config, shard, nowhere) if together and shard else ops.Ops(nowhere)
     if arch >= 90:
         operations.pdl, operations.options = True, {"launch_pdl": True}
     else:
@@ -92,3 +98,11 @@ def launches(
         model.logits(x)
         operations.flush(x)
     return jobs
+
+
+def _with_others(config: ModelConfig, shard: Shard, nowhere: torch.device) -> ParallelOps:
+    def allocate(letters: int) -> tuple[Tensor, Tensor]:
+        return (torch.zeros(size, dtype=torch.int64, device=nowhere) for size in (letters, shard.world))  # type: ignore[return-value]
+
+    mailbox = Mailbox.open(shard.rank, shard.world, ops.TOKENS_EXACT, config.hidden_size, True, allocate)
+    return ParallelOps(nowhere, lambda parts: torch.stack([parts] * shard.world), mailbox)

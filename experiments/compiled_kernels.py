@@ -26,14 +26,16 @@ SHOWN = ("N", "K", "BN", "BK", "S", "INPUT", "USE", "ROPE", "TREE", "CHUNK", "QU
 
 
 def maverick_jobs(arch: int) -> list[Job]:
-    """What rank 0 of 8 launches in a forward, chain and tree, by scales of inputs that are given and that are found.
+    """What rank 0 of 8 launches in a forward, chain and tree, by scales of inputs that are given and that are found, by itself
+    and with the others.
 
     Four layers hold every kind of layer that 48 do.
     """
     config = ModelConfig.from_huggingface({**read_preset("maverick"), "num_hidden_layers": 4})
     jobs: list[Job] = []
     for static, tree in product((True, False), (False, True)):
-        found = launches(config, arch, quantized=True, static=static, tree=tree, shard=Shard(0, 8))
+        options = {"quantized": True, "static": static, "tree": tree, "shard": Shard(0, 8)}
+        found = launches(config, arch, **options) + launches(config, arch, **options, together=True)
         jobs += [job for job in found if job not in jobs]
     return jobs
 

@@ -1,7 +1,17 @@
-"""Triton's interpreter with bf16 and FP8 as the hardware rounds them: it truncates, and multiplies bf16 as integers."""
+"""Triton's interpreter with bf16 and FP8 as the hardware rounds them: it truncates, and multiplies bf16 as integers.
+
+It runs a launch's programs one after another; `side_by_side` lets them wait for one another.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -45,3 +55,44 @@ def install() -> None:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._convert_float = convert
+
+
+def side_by_side(kernel: str) -> None:
+    """From now on that kernel's programs are threads of this process, which take turns where one looks at volatile memory."""
+    own, turn = threading.local(), threading.Lock()
+    builder: Any = interpreter.InterpreterBuilder
+    builder.grid_idx = property(lambda self: own.index, lambda self, index: setattr(own, "index", index))
+    load, make = builder.create_masked_load, interpreter.GridExecutor.__init__
+
+    def create_masked_load(self: Any, *arguments: Any, **options: Any) -> Any:
+        if options.get("is_volatile", arguments[-1]) and turn.locked():  # what is there may be another program's
+            turn.release()
+            time.sleep(1e-4)
+            turn.acquire()
+        return load(self, *arguments, **options)
+
+    def init(self: Any, fn: Callable[..., None], *rest: Any) -> None:
+        make(self, fn, *rest)
+        if fn.__name__ != kernel:
+            return
+        programs: list[Future[None]] = []
+        pool = ThreadPoolExecutor(64)
+
+        def program(index: tuple[int, ...], arguments: dict[str, Any]) -> None:
+            own.index = index
+            with turn:
+                fn(**arguments)
+
+        @functools.wraps(fn)
+        def start(**arguments: Any) -> None:
+            programs.append(pool.submit(program, own.index, arguments))
+            if len(programs) == math.prod(interpreter.interpreter_builder.grid_dim):
+                pool.shutdown()
+                for one in programs:
+                    one.result()
+
+        start.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
+        self.fn = start
+
+    builder.create_masked_load = create_masked_load
+    interpreter.GridExecutor.__init__ = init

@@ -227,12 +227,17 @@ def test_bad_tap(folder: Path, tap: int | str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "message"),
-    [("fp8", "kv_dtype=fp8 needs the kernels of a GPU.*backend native on cpu"), ("int8", "kv_dtype=int8 is unknown")],
+    ("option", "message"),
+    [
+        ({"kv_dtype": "fp8"}, "kv_dtype=fp8 needs the kernels of a GPU.*backend native on cpu"),
+        ({"kv_dtype": "int8"}, "kv_dtype=int8 is unknown"),
+        ({"exchange": "direct"}, "exchange=direct needs several ranks on GPUs"),
+        ({"exchange": "mail"}, "exchange=mail is unknown; choose auto, direct or nccl"),
+    ],
 )
-def test_a_cache_that_cannot_be(saved: tuple[Path, Any], kv_dtype: str, message: str) -> None:
+def test_what_this_target_cannot_have(saved: tuple[Path, Any], option: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Llama(saved[0], dtype="float32", device="cpu", backend="native", kv_dtype=kv_dtype)
+        Llama(saved[0], dtype="float32", device="cpu", backend="native", **option)
 
 
 def test_an_fp8_cache_keeps_a_path() -> None:

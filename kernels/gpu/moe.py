@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.gpu.linear import TOKENS, product, store_swiglu, to_fp8, token_scale
-from specdec.kernels.gpu.norm import add_norm_kernel
 from specdec.kernels.gpu.pdl import wait
 from specdec.kernels.gpu.table import Tile
 from specdec.kernels.gpu.weights import data, descriptor, row_scale, static_scale
@@ -252,18 +251,14 @@ def _normed(
 
     Static scales may differ: the shared expert's part comes first, that of the routed ones is left to the router.
     """
-    (m, k), (pending, count) = x.shape, ops.pending_parts(x)
-    ops.pending = None
+    m, k = x.shape
     parts = 2 if mode == "static" else 1
     h = torch.empty((m, k), dtype=experts.router.dtype, device=x.device)
     quantised = torch.empty((parts, m, k), dtype=FP8, device=x.device)
     scales = torch.empty((parts, m), device=x.device)
     given = static_scale(experts.shared_gate_up)
-    add_norm_kernel[(m,)](
-        x, pending, norm, h, scales, quantised, scales, scales if given is None else given, m, eps,
-        K=k, P=count, PLAIN="normed", QUANTISE="no" if mode == "plain" else mode, BLOCK=triton.next_power_of_2(k),
-        num_warps=8, **ops.launch(),
-    )  # fmt: skip
+    rounded = "no" if mode == "plain" else mode
+    ops.add_norm(x, norm, eps, h, scales, quantised, scales, scales if given is None else given, "normed", rounded)
     return h, quantised, scales
 
 

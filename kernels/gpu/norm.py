@@ -57,17 +57,27 @@ def add_norm_kernel(
         tl.store(squares + token, total)
     else:
         factor = tl.rsqrt(total / K + eps)
-        most = (tl.max(tl.abs(h), 0) * factor).to(plain.dtype.element_ty).to(tl.float32)  # rounding keeps the order
-        h = (h * factor).to(plain.dtype.element_ty).to(tl.float32)
-        if PLAIN == "normed":
-            tl.store(plain + out, h.to(plain.dtype.element_ty), mask)
-        if QUANTISE == "static":
-            scale = tl.load(input_scale)
-        else:
-            scale = tl.maximum(most / 448.0, MIN_SCALE)
-        if QUANTISE != "no":
-            tl.store(quantised + at, to_fp8(h * (1.0 / scale)), mask)
-            tl.store(scales + token, scale)
+        largest = tl.max(tl.abs(h), 0)
+        store_normed(plain, quantised, scales, input_scale, h, factor, largest, out, at, mask, token, PLAIN, QUANTISE)
+
+
+@triton.jit
+def store_normed(
+    plain, quantised, scales, input_scale, h, factor, largest, out, at, mask, token,
+    PLAIN: tl.constexpr, QUANTISE: tl.constexpr,
+):  # fmt: skip
+    """h * factor of a token whose largest |h| is known: in the compute dtype at `out` and as e4m3 at `at`, as above."""
+    most = (largest * factor).to(plain.dtype.element_ty).to(tl.float32)  # rounding keeps the order
+    h = (h * factor).to(plain.dtype.element_ty).to(tl.float32)
+    if PLAIN == "normed":
+        tl.store(plain + out, h.to(plain.dtype.element_ty), mask)
+    if QUANTISE == "static":
+        scale = tl.load(input_scale)
+    else:
+        scale = tl.maximum(most / 448.0, MIN_SCALE)
+    if QUANTISE != "no":
+        tl.store(quantised + at, to_fp8(h * (1.0 / scale)), mask)
+        tl.store(scales + token, scale)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -79,16 +79,14 @@ class Ops:
 
     def flush(self, x: Tensor) -> None:
         """Add what is pending to the stream x f32 [M, K]."""
-        pending, parts = self.pending_parts(x)
+        (pending, parts), size = self.pending_parts(x), x.numel()
         if parts:
-            size = x.numel()
             add_kernel[(triton.cdiv(size, 1024),)](x, pending, size, size, P=parts, BLOCK=1024, **self.launch())
         self.pending = None
 
     def tile(self, kind: str, weight: Weight) -> Tile:
         """How a product of this kind is cut, on this GPU's generation."""
-        *_, n, k = data(weight).shape
-        return tile(kind, n, k, data(weight).element_size(), self.block)
+        return tile(kind, *data(weight).shape[-2:], data(weight).element_size(), self.block)
 
     def launch(self, t: Tile | None = None) -> dict[str, Any]:
         """What every kernel of the chain is launched with."""
@@ -100,6 +98,10 @@ class Ops:
         if self.pending is None or self.pending[0] is not x:
             return x, 0
         return self.pending[1], self.pending[1].shape[0]
+
+    def norm_parts(self, x: Tensor) -> int:
+        """In how many parts `add_norm` leaves the squares of a token of x."""
+        return 1
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
@@ -170,8 +172,7 @@ class Ops:
                 self._burst(x, None, weight, 0.0, "add", (residual,))
                 return
             value = torch.empty((m, n), dtype=weight.dtype, device=x.device)
-            programs = triton.cdiv(n, self.tile("burst", weight).BN)
-            squares = torch.empty((m, programs), device=x.device)
+            squares = torch.empty((m, triton.cdiv(n, self.tile("burst", weight).BN)), device=x.device)
             self._burst(x, None, weight, 0.0, "ready", (residual, value, norm, squares))
             self.ready = Ready(residual, norm, value, squares)
             return
@@ -211,8 +212,8 @@ class Ops:
             self._linear(h, scale, weight, self.tile(kind, weight), use, extra)
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
-        ready = Ready(x, norm, torch.empty_like(x, dtype=dtype), x.new_empty((len(x), 1)))
-        self._add_norm(x, norm, eps, ready.value, ready.squares, x, x, x, "raw", "no")
+        ready = Ready(x, norm, torch.empty_like(x, dtype=dtype), x.new_empty((len(x), self.norm_parts(x))))
+        self.add_norm(x, norm, eps, ready.value, ready.squares, x, x, x, "raw", "no")
         return ready
 
     def _normed(
@@ -221,17 +222,18 @@ class Ops:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The normalised stream in a `plain` dtype and, to `quantise`, as e4m3 with its scales; nothing stays pending."""
         h = torch.empty(x.shape if plain is not None else (1,), dtype=plain or torch.bfloat16, device=x.device)
-        quantised = torch.empty(x.shape if quantise else (1,), dtype=torch.float8_e4m3fn, device=x.device)
+        quantised = torch.empty(x.shape if quantise else (1,), dtype=FP8, device=x.device)
         scale = torch.empty(len(x), device=x.device)
-        mode = "no" if not quantise else "dynamic" if input_scale is None else "static"
-        static = scale if input_scale is None else input_scale
-        self._add_norm(x, norm, eps, h, x, quantised, scale, static, "no" if plain is None else "normed", mode)
+        rounded = "no" if not quantise else "dynamic" if input_scale is None else "static"
+        static, mode = scale if input_scale is None else input_scale, "no" if plain is None else "normed"
+        self.add_norm(x, norm, eps, h, x, quantised, scale, static, mode, rounded)
         return h, quantised, scale
 
-    def _add_norm(
+    def add_norm(
         self, x: Tensor, norm: Tensor, eps: float, plain: Tensor, squares: Tensor, quantised: Tensor, scale: Tensor,
         input_scale: Tensor, mode: str, quantise: str,
     ) -> None:  # fmt: skip
+        """The stream whole again, and normalised and rounded into what is given: see `add_norm_kernel`."""
         (m, k), (pending, count) = x.shape[-2:], self.pending_parts(x)
         parts = x.numel() // (m * k)
         add_norm_kernel[(m * parts,)](

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specdec.kernels import reference
 from specdec.nn import ModelConfig
-from specdec.target.ranks import Ranks
+from specdec.target.ranks import Ranks, wait_seconds
 
-__all__ = ["DTYPES", "choose_backend", "choose_device", "choose_kv_dtype", "operations"]
+if TYPE_CHECKING:
+    from specdec.kernels.gpu.exchange import Mailbox
+
+__all__ = ["DTYPES", "choose_backend", "choose_device", "choose_kv_dtype", "open_mailbox", "operations"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -74,7 +78,28 @@ def _misfit(device: torch.device, config: ModelConfig, special: bool) -> str:
     return ""
 
 
-def operations(backend: str, device: torch.device, ranks: Ranks | None = None) -> Any:
+def open_mailbox(
+    exchange: str, backend: str, device: torch.device, ranks: Ranks | None, config: ModelConfig, dtype: torch.dtype
+) -> Mailbox | None:
+    """What ranks on GPUs add up through: "direct", "auto" where their GPUs reach one another, or "nccl", which is None."""
+    if exchange not in ("auto", "direct", "nccl"):
+        raise ValueError(f"target.exchange={exchange} is unknown; choose auto, direct or nccl")
+    kernels = ranks is not None and backend == "native" and device.type == "cuda"
+    if ranks is not None and kernels and exchange != "nccl" and ranks.reach(device):
+        from specdec.kernels.gpu.exchange import Mailbox
+        from specdec.kernels.gpu.ops import TOKENS_EXACT
+
+        memory, sizes = partial(ranks.memory, device=device), (TOKENS_EXACT, config.hidden_size)
+        mailbox = Mailbox.open(ranks.rank, ranks.world, *sizes, dtype == torch.bfloat16, memory)
+        mailbox.patience = int(min(wait_seconds() * 1e6, 2**31 - 1))  # a look takes about a microsecond
+        return mailbox
+    if exchange == "direct":
+        why = "GPUs of one machine that can write each other's memory" if kernels else "several ranks on GPUs"
+        raise ValueError(f"target.exchange=direct needs {why}: use auto")
+    return None
+
+
+def operations(backend: str, device: torch.device, ranks: Ranks | None = None, mailbox: Mailbox | None = None) -> Any:
     """What computes behind a backend's name; compiled kernels are imported only when asked for."""
     if backend == "torch":
         return reference if ranks is None else reference.Parallel(ranks.sum)
@@ -82,7 +107,7 @@ def operations(backend: str, device: torch.device, ranks: Ranks | None = None) -
         from specdec.kernels.gpu.ops import Ops
         from specdec.kernels.gpu.parallel import ParallelOps
 
-        return Ops(device) if ranks is None else ParallelOps(device, ranks.gather)
+        return Ops(device) if ranks is None else ParallelOps(device, ranks.gather, mailbox)
     from specdec.kernels.cpu import ops
 
     return ops

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from specdec.nn import KVCache, ModelConfig, Shard
-from specdec.target.backends import DTYPES, choose_backend, choose_device, choose_kv_dtype, operations
+from specdec.target.backends import DTYPES, choose_backend, choose_device, choose_kv_dtype, open_mailbox, operations
 from specdec.target.loading import make_model, open_source, parse_shard
 from specdec.target.memory import check_cache
-from specdec.target.ranks import join
+from specdec.target.ranks import RankError, join
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary, ascending
 from specdec.weights.checkpoint import Named
 
@@ -26,6 +26,7 @@ class Llama:
     number of tokens. quantize: "auto" as the checkpoint is, "fp8" while loading, "none" multiplied out. weights: "checkpoint",
     or "random" of the checkpoint's or a preset's sizes. Processes that torchrun started share one model; shard: "0/8" is the
     part of rank 0 of 8, by itself, and "0/1" the whole model in every process. kv_dtype: of the cache, "auto" or "fp8".
+    exchange: how ranks on GPUs add up, "direct" through one another's memory, "nccl", or "auto".
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Llama:
         preset: str | None = None,
         seed: int = 0,
         kv_dtype: str = "auto",
+        exchange: str = "auto",
     ) -> None:
         part = None if shard is None else parse_shard(shard)
         source = open_source(checkpoint, preset, quantize, weights)
         options = dtype, device, backend, prefill_chunk, threads
-        more: dict[str, Any] = {"quantized": source.quantized, "shard": part, "seed": seed, "kv_dtype": kv_dtype}
+        more: dict[str, Any] = {"quantized": source.quantized, "shard": part, "seed": seed}
+        more |= {"kv_dtype": kv_dtype, "exchange": exchange}
         self._build(source.config, source.tensors, *options, **more)
         self.checkpoint: Path | None = source.folder
         self.tokenizer: Any = None if source.folder is None else load_tokenizer(source.folder)
@@ -65,6 +68,7 @@ class Llama:
         shard: Shard | None = None,
         seed: int = 0,
         kv_dtype: str = "auto",
+        exchange: str = "auto",
     ) -> None:
         """tensors None = random ones; shard None = this process's among those started together."""
         if dtype not in DTYPES:
@@ -85,10 +89,11 @@ class Llama:
         self.shares_prompts = self.graphable and self.backend == "native"  # else it shows in the bits or gains nothing
         self._kv_dtype = choose_kv_dtype(kv_dtype, DTYPES[dtype], self.backend, self.device)
         self.prefill_chunk = prefill_chunk
+        self._mailbox = open_mailbox(exchange, self.backend, self.device, self.ranks, config, DTYPES[dtype])
         model = make_model(config, tensors, DTYPES[dtype], self.device, quantized, self.shard, seed)
         self.embed = model.model.embed_tokens.weight.data
         self._head = self.embed if config.tie_word_embeddings else model.lm_head.weight.data
-        model.pack(operations(self.backend, self.device, self.ranks))
+        model.pack(operations(self.backend, self.device, self.ranks, self._mailbox))
         self.model = model
         self.checkpoint = None
         self.tokenizer = None
@@ -106,6 +111,14 @@ class Llama:
         """What a draft head of that config computes with: the kernels of this model if they can, whole on every rank."""
         asked = "auto" if self.backend == "native" else "torch"
         return operations(choose_backend(asked, self.device, config), self.device)
+
+    def check(self) -> None:
+        """RankError where a step on the device waited for a rank in vain."""
+        if self._mailbox is not None and bool(self._mailbox.lost):
+            raise RankError(
+                f"a rank of {self.shard.world} stopped writing to the others, so what was computed since is void: see what it "
+                "said, put that right and start all again"
+            )
 
     def allocate(self, batch_size: int, max_len: int, num_nodes: int, features: Sequence[int | str] = ()) -> None:
         """Make room for rows of max_len tokens; an earlier cache is used again where it is large enough."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its defaults keep the group they meet when imported, and so its threads, for good
 from torch import Tensor
 
-__all__ = ["TIMEOUT", "RankError", "Ranks", "join", "joined", "leave", "share"]
+__all__ = ["TIMEOUT", "RankError", "Ranks", "join", "joined", "leave", "share", "wait_seconds"]
 
 T = TypeVar("T")
 TIMEOUT = "SPECDEC_TIMEOUT"  # environment variable: seconds that a rank waits for the others
@@ -70,6 +70,25 @@ class Ranks:
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
 
+    def reach(self, device: torch.device) -> bool:
+        """Whether all ranks are on one machine, and every GPU can write the others' memory. Every rank must ask."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == self.world
+        others = (other for other in range(self.world) if other != device.index)
+        mine = here and all(torch.cuda.can_device_access_peer(device, other) for other in others)
+        return bool(self.gather(torch.tensor(mine, device=device)).all())
+
+    def memory(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Zeros, int64 [size], on this rank's GPU, that all ranks can write, and where every rank's lie, int64 [world]."""
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here is sent to all at once
+        from torch.distributed import _symmetric_memory as symmetric
+
+        mine: Tensor = symmetric.empty(size, dtype=torch.int64, device=device).zero_()
+        where = symmetric.rendezvous(mine, dist.distributed_c10d._get_default_group()).buffer_ptrs
+        everyone = torch.tensor(where, dtype=torch.int64, device=device)
+        self.gather(mine[:1])  # zeros everywhere before anyone writes
+        torch.cuda.synchronize(device)
+        return mine, everyone
+
     def speaks(self) -> bool:
         """Whether this rank is the one that tells the user what failed: rank 0, or the first of those that fail alone."""
         if self.rank:
@@ -89,7 +108,7 @@ class Ranks:
             silent = [0]  # keeps the store, where torchrun does not
         who = f"rank {', '.join(map(str, silent))}" if silent else "every rank"
         return RankError(
-            f"{who} of {self.world} no longer answers (or is slower than {_seconds():g} s, which {TIMEOUT} sets): see "
+            f"{who} of {self.world} no longer answers (or is slower than {wait_seconds():g} s, which {TIMEOUT} sets): see "
             f"what it said, put that right and start all again ({str(error).partition('. ')[0]})"
         )
 
@@ -106,7 +125,7 @@ def join() -> Ranks | None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if _ranks is not None or world == 1:
         return _ranks
-    rank, wait = int(os.environ.get("RANK", "0")), timedelta(seconds=_seconds())
+    rank, wait = int(os.environ.get("RANK", "0")), timedelta(seconds=wait_seconds())
     try:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=wait)
@@ -138,8 +157,8 @@ def leave() -> None:
         _ranks = None
 
 
-def _seconds() -> float:
-    """The timeout that is set."""
+def wait_seconds() -> float:
+    """How long a rank waits for the others: the timeout that is set."""
     text = os.environ.get(TIMEOUT, "")
     try:
         seconds = float(text) if text else _WAIT
