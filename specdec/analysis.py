@@ -3,11 +3,14 @@
 >>> frame = load("runs/today")
 >>> best_drafter(summary(frame))
 >>> best_num_drafts(expected_speedup(frame))
+>>> summary(load_sweep("runs/sweep")).query("task == 'all'")
 """
 
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from specdec import metrics
 from specdec.metrics import (
     ALL,
     BASELINE,
@@ -27,7 +31,6 @@ from specdec.metrics import (
     shared_runs,
     speedup,
     steps,
-    summary,
 )
 from specdec.plots import plot_acceptance, plot_breakdown, plot_length, plot_speedup, plot_steps
 
@@ -39,6 +42,7 @@ __all__ = [
     "breakdown",
     "expected_speedup",
     "load",
+    "load_sweep",
     "picture",
     "plot_acceptance",
     "plot_breakdown",
@@ -50,6 +54,9 @@ __all__ = [
     "summary",
 ]
 
+CELLS = "cells.jsonl"  # in a sweep's folder, a line per cell of the last command that swept there
+TAKEN = {*metrics.REQUIRED, "tokens", "category", "language", "template", "turns"}  # columns that are no setting
+
 
 def load(runs: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     """The traces of one or more run folders in one frame; their `run` keeps them apart, so names must differ."""
@@ -59,6 +66,62 @@ def load(runs: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     if len(set(names)) < len(names):
         raise ValueError(f"runs are told apart by folder name, and {names} repeat; rename a folder")
     return pd.concat(frames, ignore_index=True)
+
+
+def sweep_cells(folder: str | Path) -> pd.DataFrame:
+    """A row per cell of a sweep, in its order: run (the swept settings in words), cell (its folder), done, and each swept key.
+
+    A key is a column under the last part of its name, where that says enough. ValueError: no sweep was run there.
+    """
+    place = Path(folder) / CELLS
+    if not place.exists():
+        raise ValueError(f"{place} does not exist: name the folder of a sweep, or give its `specdec -m` command again")
+    lines = sorted((json.loads(line) for line in place.read_text().splitlines()), key=lambda line: int(line["number"]))
+    cells = pd.DataFrame([{"cell": line["cell"], "done": line["done"]} for line in lines])
+    settings = pd.DataFrame([line["settings"] for line in lines], dtype=object)
+    settings = settings.loc[:, settings.astype(str).nunique() > 1]
+    settings = settings.rename(columns=_short_names(settings.columns.tolist()))
+    words = [" ".join(f"{name}={value}" for name, value in row.items()) for _, row in settings.iterrows()]
+    cells.insert(0, "run", [said or cell for said, cell in zip(words, cells["cell"], strict=True)])
+    cells = cells.join(settings.drop(columns=METHOD, errors="ignore"))  # rows are by drafter and verifier anyway
+    return cells.drop_duplicates("cell", ignore_index=True)
+
+
+def _short_names(keys: list[str]) -> dict[str, str]:
+    """Key -> its last part, unless that is another's too, or a column's of traces and summaries."""
+    last = {key: re.split("[.@]", key)[-1] for key in keys}
+    names = list(last.values())
+    return {key: key if names.count(name) > 1 or name in TAKEN else name for key, name in last.items()}
+
+
+def load_sweep(folder: str | Path) -> pd.DataFrame:
+    """The traces of a sweep's finished cells in one frame: `run` is what was swept, and each swept key is a column.
+
+    Warns of cells that are not done. ValueError: no sweep was run there, or no cell is done.
+    """
+    cells = sweep_cells(folder)
+    if missing := cells.loc[~cells["done"], "run"].tolist():
+        warnings.warn(f"{folder}: cells that are not done are left out: {', '.join(missing)}", stacklevel=2)
+    if len(missing) == len(cells):
+        raise ValueError(f"{folder}: none of {len(cells)} cells is done; give the sweep's command again")
+    keys = cells.columns[3:].tolist()
+    finished = cells[cells["done"]].to_dict("records")
+    frames = [
+        load_trace(Path(folder) / cell["cell"]).assign(run=cell["run"], **{key: cell[key] for key in keys})
+        for cell in finished
+    ]
+    frame = pd.concat(frames, ignore_index=True)
+    frame.attrs["swept"] = keys
+    return frame
+
+
+def summary(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.DataFrame:
+    """`metrics.summary`, and of a sweep the swept keys behind `run`."""
+    table = metrics.summary(frame, baseline, seed)
+    settings = frame.drop_duplicates("run").set_index("run")
+    for key in reversed(frame.attrs.get("swept", [])):
+        table.insert(1, key, table["run"].map(settings[key]))
+    return table
 
 
 def best_drafter(table: pd.DataFrame, baseline: str = BASELINE, lossless_only: bool = True) -> pd.DataFrame:
@@ -75,7 +138,7 @@ def best_drafter(table: pd.DataFrame, baseline: str = BASELINE, lossless_only: b
         best = ranked.iloc[0]
         rivals = ranked.iloc[1:]
         rivals = rivals[rivals["drafter"] != baseline]
-        row = {"run": run, "task": task, "drafter": best["method"], "prompts": best["prompts"]}
+        row = {"run": run, "task": task, "drafter": best["method"], "turns": best["turns"]}
         row |= {name: best[name] for name in ("speedup", "speedup_low", "speedup_high")}
         row |= {"beats_plain": bool(best["speedup_low"] > 1), "runner_up": None, "runner_up_speedup": np.nan}
         row["beats_runner_up"] = rivals.empty

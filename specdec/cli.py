@@ -20,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
+from specdec import __version__
+from specdec.sweep import end_sweep
+
 if TYPE_CHECKING:
     from specdec.decoding import SpeculativeDecoder
     from specdec.target.ranks import Ranks
@@ -87,7 +90,10 @@ def run(cfg: DictConfig, console: Console) -> float | None:
 
 
 def _decoders(cfg: DictConfig, drafters: dict[str, Any], verifier: Any, sampling: Any) -> dict[str, SpeculativeDecoder]:
-    """One target, and a decoder for every drafter. ValueError for ranks that would each run a model of their own."""
+    """One target, and a decoder for every drafter; the baseline's is plain decoding, whatever verifier judges the others.
+
+    ValueError for ranks that would each run a model of their own.
+    """
     from specdec import composition
     from specdec.decoding import SpeculativeDecoder, self_test
 
@@ -97,10 +103,14 @@ def _decoders(cfg: DictConfig, drafters: dict[str, Any], verifier: Any, sampling
             f"{group.world} processes were started, and {type(target).__name__} with these options is not shared "
             "among processes: start one, or use target=llama without target.shard"
         )
+    exact = composition.exact_verifier()  # without drafts a lossy rule may still choose tokens its own way
     decoders = {
-        name: SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
+        name: SpeculativeDecoder(
+            target, drafter, exact if name == composition.BASELINE else verifier, sampling, cfg.batch_size,
+            logprobs=cfg.logprobs,
+        )
         for name, drafter in drafters.items()
-    }
+    }  # fmt: skip
     for decoder in decoders.values():
         self_test(decoder)
     return decoders
@@ -153,12 +163,13 @@ def _speedup(summary: Any, names: list[str]) -> float | None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")  # type: ignore[untyped-decorator]
 def _hydra_main(cfg: DictConfig) -> float | None:
-    from specdec.composition import one_sentence
+    from specdec.composition import check_keys, one_sentence
     from specdec.target.ranks import RankError
     from specdec.tracking.run_folder import RunError
 
     warnings.showwarning = _show_warning  # here, because a sweep's cells may run in processes of their own
     try:
+        check_keys(cfg, HydraConfig.get().job.config_name)
         if "training" in cfg:
             from specdec.train.cli import run as train
 
@@ -219,6 +230,11 @@ def _ranks() -> Ranks | None:
 
 def main() -> None:
     """Entry point of the console script, also under torchrun. Exit status: 0 done, 2 a mistake, 130 interrupted."""
+    if "--version" in sys.argv[1:]:
+        import torch
+
+        print(f"specdec {__version__}, torch {torch.__version__}, Hydra {hydra.__version__}")
+        return
     sys.argv[1:2] = ["--config-name=train" if word == "train" else word for word in sys.argv[1:2]]
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _main()
@@ -252,12 +268,14 @@ def _main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its errors on instead of printing them its own way
     try:
         _hydra_main()
+        end_sweep(Console())
     except (HydraException, OmegaConfBaseException, OSError) as error:
         from specdec.composition import one_sentence
 
         _say(one_sentence(error))
         sys.exit(2)
     except CellError as error:
+        end_sweep(Console())
         _say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from specdec.decoding import SamplingParams, SpeculativeDecoder, check_pair, self_test
@@ -29,6 +29,8 @@ def one_sentence(error: BaseException) -> str:
         return f"{group}={name} does not exist; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         hint = "" if "=" in error.override else " (the one word alone is `train`)"
+        if error.override.startswith("drafters="):
+            hint = """ (settings of one drafter stand in quotes: 'drafters=[ngram,"ngram num_draft_tokens=8"]')"""
         return f"{error.override!r} is not KEY=VALUE as Hydra reads it{hint}: {error.message.splitlines()[0]}"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key and cause.parent_node is not None:
@@ -84,35 +86,68 @@ def check_values(cfg: DictConfig) -> None:
         value = cfg[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{key}={value} must be a whole number of at least {least}")
-    for key in ("baseline", "ignore_eos"):
-        if not isinstance(cfg[key], bool):
+    for key in ("baseline", "ignore_eos", "logprobs"):
+        if not isinstance(cfg.get(key, False), bool):  # training has no logprobs
             raise ValueError(f"{key}={cfg[key]} must be true or false")
 
 
-def drafter_configs(cfg: DictConfig, chosen: str, overrides: Sequence[str] = ()) -> dict[str, DictConfig]:
-    """Config of every drafter of a run by name, the baseline first.
+def check_keys(cfg: DictConfig, name: str = "config") -> None:
+    """ValueError for a key that nothing reads at the top of config `name`: +KEY=VALUE, or a typo in a file, adds one."""
+    known = [str(key) for key in compose_config([], name)]
+    if unknown := [str(key) for key in cfg if key not in known]:
+        raise ValueError(f"{unknown[0]} is not a key of the config; it has {', '.join(known)}")
+
+
+def drafter_configs(cfg: DictConfig, chosen: str, overrides: Sequence[str]) -> dict[str, DictConfig]:
+    """Config of every drafter of a run by its label, the baseline first.
 
     `chosen` is the name given as drafter=. With several drafters, drafter.KEY=VALUE among the overrides holds for each.
     """
-    given = [cfg.drafters] if isinstance(cfg.drafters, str) else cfg.drafters or [chosen]
-    names = [str(name) for name in given]
-    if cfg.baseline and BASELINE not in names:
-        names = [BASELINE, *names]
-    keys = [one for one in overrides if one.startswith("drafter.")]
-    return {name: cfg.drafter if name == chosen else _drafter_config(name, keys) for name in dict.fromkeys(names)}
+    entries = _labelled(cfg.drafters or chosen)
+    if cfg.baseline and BASELINE not in entries:
+        entries = {BASELINE: BASELINE, **entries}
+    return {
+        label: cfg.drafter if words == chosen else _drafter_config(label, words, chosen, overrides)
+        for label, words in entries.items()
+    }
 
 
-def _drafter_config(name: str, keys: Sequence[str]) -> DictConfig:
-    """Another choice of the drafter group with the user's values for its keys; the baseline has no keys."""
-    loader = GlobalHydra.instance().config_loader()
-    options = loader.get_group_options("drafter")
+def _labelled(given: Any) -> dict[str, str]:
+    """Entries of `drafters` by label: NAME, "NAME KEY=VALUE ..." with settings of its own, or {LABEL: either of them}."""
+    entries: dict[str, str] = {}
+    for entry in given if isinstance(given, ListConfig) else [given]:
+        named = entry if isinstance(entry, DictConfig) else {str(entry): entry}
+        for label, words in named.items():
+            label, words = " ".join(str(label).split()), " ".join(str(words).split())
+            if label in entries:
+                raise ValueError(
+                    f"drafters has {label!r} twice ({entries[label]!r} and {words!r}): give one of them another name, as "
+                    f"in {{NAME: {words!r}}}"
+                )
+            if label == BASELINE != words:
+                raise ValueError(f"drafters calls {words!r} {BASELINE}, the name of plain decoding: name it otherwise")
+            entries[label] = words
+    return entries
+
+
+def _drafter_config(label: str, words: str, chosen: str, overrides: Sequence[str]) -> DictConfig:
+    """A choice of the drafter group with the user's values for its keys, its own last; the baseline has no keys."""
+    name, settings = words.partition(" ")[0], words.split()[1:]
+    options = GlobalHydra.instance().config_loader().get_group_options("drafter")
     if name not in options:
         raise ValueError(f"drafters names {name!r}, which does not exist; there are {', '.join(options)}")
+    shared = [one for one in overrides if one.startswith("drafter.")] if name != BASELINE else []
+    given = overrides if name == chosen else [f"drafter={name}", *shared]
     try:
-        node: DictConfig = compose_config([f"drafter={name}", *(keys if name != BASELINE else ())]).drafter
+        node: DictConfig = compose_config([*given, *map(_of_drafter, settings)]).drafter
     except ValueError as error:
-        raise ValueError(f"{error} (of {name}; drafter.KEY holds for each of drafters)") from error
+        raise ValueError(f"{error} (of {label}; drafter.KEY holds for each of drafters)") from error
     return node
+
+
+def _of_drafter(setting: str) -> str:
+    """KEY=VALUE or GROUP@KEY=CHOICE of one drafter as the whole config takes it; `drafter.` before KEY may be there already."""
+    return re.sub(r"^([+~]*)([^=@]*@)?(drafter\.)?", r"\1\2drafter.", setting)
 
 
 def plain_drafter() -> Drafter:
@@ -142,25 +177,26 @@ def load(*overrides: str, config_dir: str | Path | None = None) -> SpeculativeDe
     """
     extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
     cfg = compose_config([*overrides, *extra])
+    check_keys(cfg)
     check_values(cfg)
     verifier: Verifier = build(cfg.verifier, "verifier")
     drafter: Drafter = build(cfg.drafter, "drafter")
     check_pair(drafter, verifier)
     sampling = build_sampling(cfg)
     target: Target = build(cfg.target, "target")
-    decoder = SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size)
+    decoder = SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size, logprobs=cfg.logprobs)
     self_test(decoder)
     return decoder
 
 
-def compose_config(overrides: Sequence[str]) -> DictConfig:
+def compose_config(overrides: Sequence[str], name: str = "config") -> DictConfig:
     """The composed config, from inside or outside a Hydra application; ValueError says what does not fit."""
     try:
         if GlobalHydra.instance().is_initialized():
-            cfg: DictConfig = compose("config", overrides=list(overrides))
+            cfg: DictConfig = compose(name, overrides=list(overrides))
             return cfg
         with initialize_config_module("specdec.conf", version_base="1.3"):
-            cfg = compose("config", overrides=list(overrides))
+            cfg = compose(name, overrides=list(overrides))
             return cfg
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_sentence(error)) from error

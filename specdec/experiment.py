@@ -68,7 +68,7 @@ class Experiment:
         pending = sum(len(c.turns) for c in self.job.conversations) * len(self.decoders) * self.job.passes
         done = len(self.tokens)
         bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=console,
             disable=self.job.concurrent,  # two bars cannot share a terminal
         )  # fmt: skip
@@ -77,7 +77,7 @@ class Experiment:
             if done < pending:
                 self._warm_up()
             for name, label, number in self._work():
-                bar.update(task, description=f"{name:<16} {label:<14}", advance=number)
+                bar.update(task, description=f"{name:<16.32} {label:<14}", advance=number)
             bar.update(task, description="done")
         ranks.share(_END)
         return self.folder.finish()

@@ -22,17 +22,10 @@ BASELINE = "none"
 ALL = "all"  # the row over all tasks
 RESAMPLES = 2000
 METHOD = ["run", "drafter", "verifier"]
+UNIT = [*METHOD, "task", "request"]  # what is resampled
 KEY = ["drafter", "verifier", "request", "turn", "pass"]  # what makes a trace row unique in its run
-STEP_COLUMNS = [
-    "num_nodes",
-    "draft_depth",
-    "num_accepted",
-    "num_emitted",
-    "step_seconds",
-    "propose_seconds",
-    "verify_seconds",
-    "accept_seconds",
-]
+COUNT_COLUMNS = ["num_nodes", "draft_depth", "num_accepted", "num_emitted"]
+STEP_COLUMNS = [*COUNT_COLUMNS, "step_seconds", "propose_seconds", "verify_seconds", "accept_seconds"]
 REQUIRED = [*KEY, "task", "lossless", "equal_to_plain", *STEP_COLUMNS]
 
 
@@ -85,7 +78,7 @@ def steps(frame: pd.DataFrame) -> pd.DataFrame:
     long = frame[names].loc[frame.index.repeat(counts)].reset_index(drop=True)
     long["step"] = np.arange(len(long)) - np.repeat(np.cumsum(counts) - counts, counts)
     for column in STEP_COLUMNS:
-        dtype = np.float64 if column.endswith("seconds") else np.int64
+        dtype = np.int64 if column in COUNT_COLUMNS else np.float64
         values = (np.nan if value is None else value for row in frame[column] for value in row)
         long[column] = np.fromiter(values, dtype, counts.sum())
     if (long["num_emitted"] > long["num_accepted"] + 1).any():
@@ -95,20 +88,23 @@ def steps(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _units(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Sums per method and request; `base_*` and `paired_*` only where method and baseline both have the request."""
+    """Sums per method and request, beside the baseline's."""
     long = steps(frame)
     long["whole_tokens"] = (long["num_accepted"] + 1).where(long["whole"], 0)
-    unit = [*METHOD, "task", "request"]
     sums = long.rename(columns={"whole": "whole_steps", "num_emitted": "emitted", "step_seconds": "seconds"})
-    sums = sums.groupby(unit, sort=False)[["whole_tokens", "whole_steps", "emitted", "seconds"]].sum()
-    everything = frame[unit].drop_duplicates()  # a request that ended with its prefill has no step, but is there
+    sums = sums.groupby(UNIT, sort=False)[["whole_tokens", "whole_steps", "emitted", "seconds"]].sum()
+    everything = frame[UNIT].drop_duplicates()  # a request that ended with its prefill has no step, but is there
     sums = sums.reindex(pd.MultiIndex.from_frame(everything), fill_value=0).reset_index()
-    plain = sums.loc[sums["drafter"] == baseline, ["run", "verifier", "task", "request", "emitted", "seconds"]]
-    plain = plain.rename(columns={"emitted": "base_emitted", "seconds": "base_seconds"})
-    units = sums.merge(plain, on=["run", "verifier", "task", "request"], how="left")
-    both = units["base_emitted"].notna()
-    units["paired_emitted"], units["paired_seconds"] = units["emitted"].where(both), units["seconds"].where(both)
-    return units
+    return _beside_baseline(sums, ["emitted", "seconds"], baseline)
+
+
+def _beside_baseline(sums: pd.DataFrame, names: list[str], baseline: str) -> pd.DataFrame:
+    """Sums per method and request with `base_*` and `paired_*`, only where method and baseline both have the request."""
+    key = ["run", "verifier", "task", "request"]
+    plain = sums.loc[sums["drafter"] == baseline, [*key, *names]]
+    units = sums.merge(plain.rename(columns={name: f"base_{name}" for name in names}), on=key, how="left")
+    both = units[f"base_{names[0]}"].notna()
+    return units.assign(**{f"paired_{name}": units[name].where(both) for name in names})
 
 
 def _resample(units: pd.DataFrame, seed: int) -> Iterator[tuple[str, str, pd.DataFrame, pd.DataFrame]]:
@@ -116,7 +112,7 @@ def _resample(units: pd.DataFrame, seed: int) -> Iterator[tuple[str, str, pd.Dat
 
     Row 0 of the sums is what was measured, the others are sums over U requests drawn with replacement.
     """
-    counts = units.columns.difference([*METHOD, "task", "request"]).tolist()
+    counts = units.columns.difference(UNIT).tolist()
     for run, part in units.groupby("run", sort=False):
         for number, task in enumerate([*part["task"].unique(), ALL]):
             group = part if task == ALL else part[part["task"] == task]
@@ -192,6 +188,22 @@ def speedup(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.
     return table
 
 
+def nll(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.DataFrame:
+    """nll = mean of -log-probability over the emitted tokens, the prefill's included; nll_excess = less the baseline's.
+
+    In nats, under the target at temperature 1. The difference pools the requests that both have under the same verifier;
+    "all" pools every task's tokens. Each with _low and _high, indexed by METHOD + task, of the rows with `logprobs`.
+    """
+    tokens = frame.loc[frame["logprobs"].notna(), [*UNIT, "logprobs"]].explode("logprobs").astype({"logprobs": float})
+    logs = tokens.groupby(UNIT, sort=False)["logprobs"].agg(logs="sum", tokens="count").reset_index()
+    parts = {}
+    for run, task, sums, wide in _resample(_beside_baseline(logs, ["logs", "tokens"], baseline), seed):
+        mean, own, base = (-_count(sums, f"{of}logs") / _count(sums, f"{of}tokens") for of in ("", "paired_", "base_"))
+        excess = _interval(own - base, _several(_count(wide, "base_tokens")), "nll_excess")
+        parts[run, task] = _interval(mean, _several(_count(wide, "tokens")), "nll").join(excess)
+    return _collect(parts)
+
+
 def shared_runs(frame: pd.DataFrame) -> list[str]:
     """Runs with a row marked `concurrent`, an optional column: others used the machine at the same time."""
     if "concurrent" not in frame:
@@ -240,11 +252,11 @@ def breakdown(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _equality(frame: pd.DataFrame) -> pd.DataFrame:
-    """prompts, equal, requests_equal, requests_compared, lossless. A request is equal when it is in every pass."""
+    """turns, equal, requests_equal, requests_compared, lossless. A request is equal when it is in every pass."""
     rows = _with_all(frame)
     group = [*METHOD, "task"]
-    prompts = rows.drop_duplicates([*group, "request", "turn"])
-    table = prompts.groupby(group, sort=False).agg(prompts=("request", "size"))
+    turns = rows.drop_duplicates([*group, "request", "turn"])
+    table = turns.groupby(group, sort=False).agg(turns=("request", "size"))
     table["lossless"] = rows.groupby(group)["lossless"].all()
     known = rows[rows["equal_to_plain"].notna()]
     known = known.assign(equal=known["equal_to_plain"].astype(int))
@@ -258,9 +270,9 @@ def _equality(frame: pd.DataFrame) -> pd.DataFrame:
 def summary(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.DataFrame:
     """Everything in one table, a row per method and task (and "all"), in the order of the trace.
 
-    Columns: METHOD, task, prompts, tau, tau_low, tau_high, tau_pooled, alpha_1..k, tokens_per_second, speedup,
+    Columns: METHOD, task, turns, tau, tau_low, tau_high, tau_pooled, alpha_1..k, tokens_per_second, speedup,
     speedup_low, speedup_high, equal (share of requests equal to plain), requests_equal, requests_compared,
-    overhead (1 - verify share of the step time), lossless.
+    overhead (1 - verify share of the step time), lossless; and those of `nll` where a row has log-probabilities.
     """
     counts = _equality(frame)
     by_position = acceptance_by_position(frame)
@@ -268,7 +280,9 @@ def summary(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.
     overhead = (1 - breakdown(frame)["verify"]).rename("overhead")
     parts = [acceptance_length(frame, seed), alphas, speedup(frame, baseline, seed)]
     equality = counts[["equal", "requests_equal", "requests_compared"]]
-    table = counts[["prompts"]].join([*parts, equality, overhead, counts["lossless"]])
+    table = counts[["turns"]].join([*parts, equality, overhead, counts["lossless"]])
+    if "logprobs" in frame and frame["logprobs"].notna().any():
+        table = table.join(nll(frame, baseline, seed))
     order = frame.drop_duplicates(METHOD)[METHOD].itertuples(index=False, name=None)
     tasks = [*frame["task"].unique(), ALL]
     wanted = [(*method, task) for method in order for task in tasks if (*method, task) in table.index]
@@ -276,11 +290,10 @@ def summary(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.
 
 
 def method_labels(summary: pd.DataFrame) -> pd.Series:
-    """A name per row: the drafter, its verifier and run where the table has several, and "lossy" where drafts make it so."""
+    """A name per row: the drafter, its verifier and run where the table has several, and "lossy" where it is."""
     labels = summary["drafter"].astype(str)
     if summary["verifier"].nunique() > 1:
         labels = labels + " + " + summary["verifier"]
     if summary["run"].nunique() > 1:
         labels = labels + " @ " + summary["run"]
-    exact = summary["lossless"].astype(bool) | (summary["drafter"] == "none")  # without drafts there is nothing to lose
-    return labels.where(exact, labels + " (lossy)")
+    return labels.where(summary["lossless"].astype(bool), labels + " (lossy)")

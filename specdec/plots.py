@@ -5,6 +5,8 @@ Colours are Okabe and Ito's, told apart by most colour-blind readers; markers re
 
 from __future__ import annotations
 
+from textwrap import fill
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,6 +19,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 PARTS = {"propose": "#E69F00", "verify": "#0072B2", "accept": "#CC79A7", "host": "#BBBBBB"}
 WHOLE = "#56B4E9"  # a step in one piece
 FEW = 30  # drafts; below that a rate is drawn hollow
+LABEL = 28  # characters of a label's line; a drafter with settings has a long one
 
 
 def new_axes(width: float = 7, height: float = 4) -> Axes:
@@ -41,8 +44,11 @@ def _clean(ax: Axes, title: str, grid: str) -> None:
 
 def _legend(ax: Axes) -> None:
     """The legend beside the axes, where no mark of it can be taken for a measurement."""
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.2)
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        labels = [fill(label, LABEL) for label in labels]
+        corner = (1.0, 1.0)
+        ax.legend(handles, labels, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=corner, handlelength=1.2)
 
 
 def _styles(table: pd.DataFrame, baseline: str) -> dict[str, tuple[str, str]]:
@@ -94,16 +100,16 @@ def _by_task(summary: pd.DataFrame, name: str, ax: Axes | None, baseline: str) -
     if ALL in tasks:
         ax.axhline(tasks.index(ALL) - 0.5, color="#888888", linewidth=0.7)
     ax.axvline(1, color="black", linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(tasks)), [f"{task} (n={_prompts(summary, task)})" for task in tasks])
+    ax.set_yticks(range(len(tasks)), [f"{task} (n={_turns(summary, task)})" for task in tasks])
     ax.set_ylim(len(tasks) - 0.5, -0.5)
     _legend(ax)
     return _figure(ax)
 
 
-def _prompts(summary: pd.DataFrame, task: str) -> str:
-    """The number of prompts behind a task's points, or its range when methods differ."""
-    prompts = summary.loc[summary["task"] == task, "prompts"]
-    return f"{prompts.min()}" if prompts.nunique() == 1 else f"{prompts.min()}–{prompts.max()}"
+def _turns(summary: pd.DataFrame, task: str) -> str:
+    """The number of turns behind a task's points, or its range when methods differ."""
+    turns = summary.loc[summary["task"] == task, "turns"]
+    return f"{turns.min()}" if turns.nunique() == 1 else f"{turns.min()}–{turns.max()}"
 
 
 def plot_acceptance(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> Figure:
@@ -172,7 +178,7 @@ def plot_breakdown(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None)
         text = "" if whole[row] else f" {1 - table['verify'].iloc[row]:.0%} overhead"
         ax.text(total, row, text, va="center", fontsize=9)
     ax.set_xlim(0, 1.45 * (left.max() or 1))
-    ax.set_yticks(y, table["label"])
+    ax.set_yticks(y, [fill(label, LABEL) for label in table["label"]])
     ax.invert_yaxis()
     ax.set_xlabel(f"time of a decode step, in {unit_name} (overhead: all but verify)")
     _clean(ax, "Time of a step" + ("" if task == ALL else f", {task}"), "x")

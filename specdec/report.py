@@ -17,7 +17,10 @@ WIDE = 110  # columns of a terminal from which on the rates stand beside the res
 POSITIONS = 8  # acceptance rates shown; metrics.json has them all
 MISSING = "–"
 RATES = "accept rate by position"
+COLUMNS = ["turns", "accept length", "tok/s", "speed-up", "equal"]  # that every layout has
+HINT = "[ ]: 95% interval; what the columns mean stands in the run folder's table.md"
 LEGEND = {
+    "turns": "of users that were answered; a conversation has one or more.",
     "accept length": "tokens per target forward, the recovered or bonus token included; the prefill's token and steps "
     "cut short left out; all = mean over tasks.",
     RATES: "share accepted at position 1, 2, ... of the drafts whose predecessors were accepted.",
@@ -26,6 +29,11 @@ LEGEND = {
     "equal": "requests whose tokens equal those of no drafting.",
     "[ ]": "95% bootstrap interval over requests; lossy: this acceptance rule changes the output's law.",
 }
+QUALITY = {  # shown where log-probabilities were kept
+    "nll": "mean negative log-probability, in nats, of an emitted token under the target at temperature 1; lower is "
+    "likelier, not better.",
+    "nll excess": "nll less that of no drafting (none) on the same requests; of a lossless rule only chance moves it off 0.",
+}
 
 
 def _interval(row: pd.Series, name: str) -> str:
@@ -33,7 +41,7 @@ def _interval(row: pd.Series, name: str) -> str:
     value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
     if pd.isna(value):
         return MISSING
-    return f"{value:.2f}" if pd.isna(low) or low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{value:z.2f}" if pd.isna(low) or low == high else f"{value:z.2f} [{low:z.2f}, {high:z.2f}]"
 
 
 def _rates(row: pd.Series) -> str:
@@ -66,10 +74,15 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[:1] if len(rows) == 2 else rows
 
 
-def _cells(row: pd.Series) -> list[str]:
-    """prompts, accept length, tok/s, speed-up, equal: the cells every layout has."""
+def values(row: pd.Series) -> list[str]:
+    """COLUMNS of one row, as text."""
     length, speed = _interval(row, "tau"), _interval(row, "speedup")
-    return [str(row["prompts"]), length, _number(row["tokens_per_second"]), speed, _equal(row)]
+    return [str(row["turns"]), length, _number(row["tokens_per_second"]), speed, _equal(row)]
+
+
+def quality(row: pd.Series) -> list[str]:
+    """nll, nll excess."""
+    return [_interval(row, "nll"), _interval(row, "nll_excess")]
 
 
 def _equal_style(row: pd.Series) -> str:
@@ -88,9 +101,8 @@ def _table(headers: list[str]) -> Table:
 
 def tables(summary: pd.DataFrame, width: int = 120) -> list[Table]:
     """One table where `width` columns hold the rates beside the rest, else a second one for the rates."""
-    headers = ["prompts", "accept length", "tok/s", "speed-up", "equal"]
     wide = width >= WIDE
-    main = _table([*headers[:2], RATES, *headers[2:]] if wide else headers)
+    main = _table([*COLUMNS[:2], RATES, *COLUMNS[2:]] if wide else COLUMNS)
     rates = _table([RATES])
     for label, rows in _methods(summary):
         drafts = _rates(rows.iloc[-1]) != MISSING
@@ -98,7 +110,7 @@ def tables(summary: pd.DataFrame, width: int = 120) -> list[Table]:
         if drafts:
             rates.add_row(Text(label, style="bold cyan"))
         for _, row in _shown(rows).iterrows():
-            cells: list[RenderableType] = list(_cells(row))
+            cells: list[RenderableType] = list(values(row))
             cells[-1] = Text(_equal(row), style=_equal_style(row))
             if wide:
                 cells.insert(2, _rates(row))
@@ -108,36 +120,54 @@ def tables(summary: pd.DataFrame, width: int = 120) -> list[Table]:
                 rates.add_row(f"  {row['task']}", _rates(row), style=style)
         main.add_section()
         rates.add_section()
-    return [main] if wide else [main, rates]
+    shown = [main] if wide else [main, rates]
+    return [*shown, _quality_table(summary)] if "nll" in summary else shown
+
+
+def _quality_table(summary: pd.DataFrame) -> Table:
+    """What was written, beside what it gained."""
+    table = _table(list(QUALITY))
+    for label, rows in _methods(summary):
+        table.add_row(Text(label, style="bold cyan"))
+        for _, row in _shown(rows).iterrows():
+            table.add_row(f"  {row['task']}", *quality(row), style="bold" if row["task"] == ALL else "")
+        table.add_section()
+    return table
+
+
+def _legend(summary: pd.DataFrame) -> dict[str, str]:
+    """The columns that are shown, and what they mean."""
+    return LEGEND | QUALITY if "nll" in summary else LEGEND
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
-    """The tables and what each column means, fitted to the console's width."""
+    """The tables, fitted to the console's width, and where it stands what the columns mean."""
     console = console or Console()
     for table in tables(summary, console.width):
         console.print(table)
-    for name, meaning in LEGEND.items():
-        console.print(Text.assemble((f"{name}: ", "bold"), meaning, style="dim"))
+    console.print(Text(HINT, style="dim"))
 
 
 def acceptance(summary: pd.DataFrame, drafter: str) -> str:
     """What one drafter's drafts were worth, by task, as a Markdown table: nothing that depends on the machine."""
-    lines = [f"| task | prompts | accept length | {RATES} | equal |", "|---|---:|---:|---|---:|"]
+    lines = [f"| task | turns | accept length | {RATES} | equal |", "|---|---:|---:|---|---:|"]
     for _, row in summary[summary["drafter"] == drafter].iterrows():
-        cells = [row["task"], str(row["prompts"]), _interval(row, "tau"), _rates(row), _equal(row)]
+        cells = [row["task"], str(row["turns"]), _interval(row, "tau"), _rates(row), _equal(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def markdown(summary: pd.DataFrame) -> str:
     """The same as one GitHub table, a row per drafter and task, followed by the meaning of the columns."""
-    headers = ["drafter", "task", "prompts", "accept length", RATES, "tok/s", "speed-up", "equal"]
-    lines = ["| " + " | ".join(headers) + " |", "|---|---|" + "---:|" * 2 + "---|" + "---:|" * 3]
+    headers = ["drafter", "task", *COLUMNS[:2], RATES, *COLUMNS[2:]]
+    headers += QUALITY if "nll" in summary else []
+    lines = ["| " + " | ".join(headers) + " |", "|---|---|" + "---:|" * 2 + "---|" + "---:|" * (len(headers) - 5)]
     for label, rows in _methods(summary):
         for _, row in _shown(rows).iterrows():
-            cells = [label, str(row["task"]), *_cells(row)]
+            cells = [label, str(row["task"]), *values(row)]
             cells.insert(4, _rates(row))
+            cells += quality(row) if "nll" in summary else []
             escaped = (cell.replace("|", "\\|") for cell in cells)
             lines.append("| " + " | ".join(escaped) + " |")
-    legend = [f"- **{name}**: {meaning}" for name, meaning in LEGEND.items()]
+    legend = [f"- **{name}**: {meaning}" for name, meaning in _legend(summary).items()]
     return "\n".join([*lines, "", *legend]) + "\n"

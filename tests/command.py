@@ -17,6 +17,16 @@ import pytest
 from specdec import cli
 
 QUICK = ["debug=quick", "dataset.limit=2", "max_new_tokens=8"]  # four requests, two with each method
+LEFT = [  # by a run that is done
+    "DONE",
+    "config.yaml",
+    "environment.json",
+    "metrics.json",
+    "results.png",
+    "table.md",
+    "trace.jsonl",
+    "trace.parquet",
+]
 
 
 @dataclass
@@ -72,6 +82,10 @@ class CommandLine:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def _heed_interrupts() -> None:

@@ -68,6 +68,9 @@ class TableTarget:
         self.cache.scatter_(1, start + step, self.cache.gather(1, start + node))
         self.lengths = self.lengths + (acceptance.num_accepted + 1)
 
+    def check(self) -> None:
+        """Nothing goes wrong unseen."""
+
     def law(self, prompt: Sequence[int], count: int, sampling: Sampling) -> Tensor:
         """Exact joint law of the next `count` tokens under one row's sampling. f64 [V ** count]."""
         vocab = self.config.vocab_size

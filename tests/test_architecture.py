@@ -36,10 +36,11 @@ ALLOWED: dict[str, set[str]] = {  # what each part of specdec may import, beside
     "analysis": {"metrics", "plots"},
     "report": {"metrics"},
     "tracking": {"metrics", "analysis", "plots", "report"},
+    "sweep": {"metrics", "analysis", "report", "tracking"},
     "composition": LOOP,
     "train": {*LOOP, *BESIDE, "weights", "composition", "experiment"},
     "experiment": {*LOOP, *BESIDE, "composition"},
-    "cli": {*LOOP, *BESIDE, "composition", "experiment", "train"},
+    "cli": {*LOOP, *BESIDE, "composition", "experiment", "train", "sweep", "__init__"},
     "__init__": {"composition"},
     "__main__": {"cli"},
 }

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 
 import held
 import pytest
-from command import QUICK, CommandLine, check_mistake
+import torch
+from command import LEFT, QUICK, CommandLine, check_mistake, contents
 
-from specdec import metrics
-from specdec.cli import LONGEST_NAME, cell_name
-from specdec.tracking.wandb import WandbTracker
-
-LEFT = [
-    "DONE",
-    "config.yaml",
-    "environment.json",
-    "metrics.json",
-    "results.png",
-    "table.md",
-    "trace.jsonl",
-    "trace.parquet",
-]
 HELD = ["debug=quick", "dataset.limit=3", "max_new_tokens=8", "ignore_eos=true", "drafter._target_=held.Held"]
-
-
-def contents(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -60,7 +45,10 @@ def test_the_output_fits_the_terminal(specdec: CommandLine, monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", str(columns))
     done = specdec(*QUICK, "drafters=[ngram,token_recycling]")
     assert max(len(line) for line in done.out.splitlines()) <= columns
-    assert done.out.count("accept rate by position") == 2  # in the table and the legend, or over its own table
+    assert done.out.count("accept rate by position") == 1  # in the table, or over its own
+    assert sum("table.md" in line for line in done.out.splitlines()) == 1  # in place of a legend
+    (table,) = specdec.folder.glob("runs/*/table.md")
+    assert "- **speed-up**: tok/s over that of no drafting" in table.read_text()
 
 
 def test_one_value_holds_for_all_of_several_drafters(specdec: CommandLine) -> None:
@@ -79,15 +67,17 @@ def test_help_is_worth_reading(specdec: CommandLine) -> None:
     done = specdec("--help")
     assert done.code == 0
     for line in (
-        "drafter: eagle, eagle3, hybrid, hydra, layer_skip, medusa, ngram, none, small_model, suffix, token_recycling",
-        "structure: chain, dynamic, paths, regular, sequoia",
+        "drafter: eagle, eagle3, hybrid, hydra, layer_skip, lookahead, medusa, ngram, none, small_model, suffix, "
+        "token_recycling",
+        "structure: adaptive, chain, dynamic, paths, regular, sequoia",
         "target: huggingface, llama, maverick, smollm2, toy",
-        "verifier: block, rrs, speculative_sampling, target_only, traversal, typical",
+        "verifier: block, fly, kseq, relaxed_acceptance, rrs, speculative_sampling, static_ensemble, target_only, "
+        "traversal, typical",
         "max_new_tokens: 128",
     ):
         assert line in done.out.splitlines()
     assert "$" not in re.sub(r"\$\{now:.*?\}", "", done.out)  # every placeholder is filled in
-    assert max(len(line) for line in done.out.splitlines()) <= 110
+    assert max(len(line) for line in done.out.splitlines()) <= 125
     assert contents(specdec.folder) == []
 
 
@@ -96,9 +86,17 @@ def test_the_examples_of_help_compose(specdec: CommandLine) -> None:
     lines = re.findall(r"^  specdec (?!-m|--config-dir|run_dir)(\S.*?)(?:  .*)?$", specdec("--help").out, re.M)
     assert len(lines) >= 7
     for line in lines:
-        done = specdec("--cfg", "job", *line.replace("'", "").split())
+        done = specdec("--cfg", "job", *shlex.split(line))
         assert done.code == 0, (line, done.err)
     assert "- token_recycling" in specdec("--cfg", "job", "experiment=demo").out
+
+
+def test_the_version_is_our_own(specdec: CommandLine) -> None:
+    done = specdec("--version")
+    packaged = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    assert done.code == 0
+    assert done.out.startswith(f"specdec {packaged}, torch {torch.__version__}, Hydra ")
+    assert contents(specdec.folder) == []
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -111,6 +109,9 @@ def test_the_examples_of_help_compose(specdec: CommandLine) -> None:
         (["experiment=wrong"], ["experiment=wrong does not exist; there are demo"]),
         (["drafters=[ngram,wrong]"], ["'wrong'", "eagle3, hybrid, hydra, layer_skip"]),
         (["sampling.temprature=1"], ["sampling.temprature is not a key", "temperature, top_k, top_p"]),
+        (["+foo=1"], ["foo is not a key of the config; it has sampling, max_new_tokens", "drafter", "run_dir"]),
+        (["+structure=dynamic"], ["structure is not a key of the config"]),
+        (["+drafter.typo=3"], ["unexpected keyword argument 'typo'"]),
         (["drafters=[ngram"], ["'drafters=[ngram' is not KEY=VALUE"]),
         (["trian"], ["'trian' is not KEY=VALUE", "the one word alone is `train`"]),
         (["drafter=ngram,suffix"], ["add --multirun"]),
@@ -137,6 +138,20 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert not list(specdec.folder.glob("runs/*"))
 
 
+def test_a_typo_in_a_file_is_a_mistake_too(specdec: CommandLine) -> None:
+    (specdec.folder / "mine/experiment").mkdir(parents=True)
+    (specdec.folder / "mine/experiment/typo.yaml").write_text("# @package _global_\nmax_new_token: 5\n")
+    check_mistake(
+        specdec("--config-dir=mine", "debug=quick", "experiment=typo"),
+        "max_new_token is not a key of the config", "max_new_tokens",
+    )  # fmt: skip
+    check_mistake(specdec("train", "target=toy", "tracking=none", "+steps=5"), "steps is not a key", "data, training")
+
+
+def test_a_key_of_the_constructor_may_be_added(specdec: CommandLine) -> None:
+    assert specdec(*QUICK, "+target.vocab_size=300", "run_dir=r").code == 0
+
+
 def test_a_fault_of_the_code_keeps_its_traceback(specdec: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only mistakes become sentences: a researcher needs to see where the own drafter breaks."""
 
@@ -152,87 +167,6 @@ def test_a_folder_of_another_config_is_refused(specdec: CommandLine) -> None:
     assert specdec(*QUICK, "run_dir=r").code == 0
     check_mistake(specdec(*QUICK, "run_dir=r", "seed=1"), "r was started with another config: config.seed: 0 -> 1")
     assert "r is done already" in specdec(*QUICK, "run_dir=r", "tracking=none").out
-
-
-# ---- sweeps ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_finished_cell_is_not_run_again(specdec: CommandLine) -> None:
-    command = ["-m", *QUICK, "drafter.num_draft_tokens=1,2"]
-    assert specdec(*command).code == 0
-    assert contents(specdec.folder) == ["runs"]
-    names = [f"dataset.limit=2,debug=quick,drafter.num_draft_tokens={n},max_new_tokens=8" for n in (1, 2)]
-    assert contents(specdec.folder / "runs/sweep") == [*names, "multirun.yaml"]
-    cells = [specdec.folder / "runs/sweep" / name for name in names]
-    assert [contents(cell) for cell in cells] == [LEFT, LEFT]
-
-    def state() -> list[tuple[str, int, bytes]]:
-        return [(p.name, p.stat().st_mtime_ns, p.read_bytes()) for cell in cells for p in sorted(cell.iterdir())]
-
-    before = state()
-    again = specdec(*command)
-    assert again.code == 0
-    assert again.out.count("is done already") == 2
-    assert state() == before
-    wider = specdec("-m", *QUICK, "drafter.num_draft_tokens=1,2,3")
-    assert wider.out.count("is done already") == 2
-    assert len(list((specdec.folder / "runs/sweep").glob("*/DONE"))) == 3
-    assert state() == before
-
-
-def test_a_cell_that_fails_does_not_stop_the_others(specdec: CommandLine) -> None:
-    done = specdec("-m", *QUICK, "drafter=token_recycling,ngram", "verifier=block")
-    assert done.code == 2
-    assert "drafter=token_recycling,max_new_tokens=8,verifier=block: Block judges chains only" in done.err
-    assert "Traceback" not in done.err
-    assert done.err.splitlines()[-1].startswith("specdec: a cell of the sweep failed, see above")
-    (finished,) = specdec.folder.glob("runs/sweep/*/DONE")
-    assert "drafter=ngram" in finished.parent.name
-
-
-def test_a_sweep_groups_its_wandb_runs(specdec: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str | None, str]] = []
-
-    def record(self: WandbTracker, folder: Path, group: str | None) -> Path:
-        seen.append((group, folder.name))
-        return folder / "wandb"
-
-    monkeypatch.setattr(WandbTracker, "_record", record)
-    command = [*QUICK, "tracking=wandb", "tracking.mode=offline"]
-    assert "W&B: one/wandb" in specdec(*command, "run_dir=one").out
-    cells = ["-m", *command, "drafter.num_draft_tokens=1,2", "sweep_dir=runs/lengths"]
-    assert specdec(*cells).code == 0
-    assert specdec("-m", *command, "seed=1", "tracking.group=mine").code == 0
-    names = [f"dataset.limit=2,debug=quick,drafter.num_draft_tokens={n},max_new_tokens=8" for n in (1, 2)]
-    last = "dataset.limit=2,debug=quick,max_new_tokens=8,seed=1"  # tracking is no part of a cell's name
-    assert seen == [(None, "one"), ("lengths", names[0]), ("lengths", names[1]), ("mine", last)]
-
-
-def test_cells_have_names_a_file_system_takes() -> None:
-    assert cell_name("a=1,b=2") == "a=1,b=2"
-    assert cell_name("") == "default"
-    assert "/" not in cell_name("dataset.path=/some/where.jsonl")
-    long = [cell_name("dataset.path=" + "x" * 300 + end) for end in ("1", "2", "1")]
-    assert long[0] != long[1]
-    assert long[0] == long[2]
-    assert len(long[0]) <= LONGEST_NAME + 13
-
-
-def test_cells_side_by_side_report_no_speed(specdec: CommandLine) -> None:
-    """Hydra's joblib launcher: drafters= composes inside the workers, and what they share is no measure of time."""
-    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    process = specdec.start("-m", *options, *QUICK, "drafters=[suffix,ngram],[suffix]")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
-    traces = sorted(specdec.folder.glob("runs/sweep/*/trace.jsonl"))
-    assert len(traces) == 2
-    for trace in traces:
-        summary = metrics.summary(metrics.load_trace(trace))
-        assert summary[["tokens_per_second", "speedup"]].isna().all(axis=None)
-        assert summary["tau"].notna().all()
-        assert "speed-up" in out
-    assert specdec("-m", *QUICK, "drafters=[suffix,ngram],[suffix]").out.count("is done already") == 2
 
 
 # ---- interruptions ---------------------------------------------------------------------------------------------------

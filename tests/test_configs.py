@@ -177,6 +177,7 @@ def test_a_wrong_name_lists_what_exists(group: str) -> None:
     ("overrides", "words"),
     [
         (["drafterr=ngram"], ["drafterr"]),
+        (["+drafterr=ngram"], ["drafterr is not a key", "drafter, verifier"]),
         (["drafter.num_drafts=3"], ["num_drafts"]),
         (["+drafter.num_drafts=3"], ["num_drafts"]),
         (["sampling.min_p=0.1"], ["min_p"]),
@@ -206,8 +207,16 @@ def test_a_mistake_is_a_sentence(overrides: list[str], words: list[str]) -> None
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
-TREES = {"hybrid_tree", "token_recycling", "layer_skip_tree", "layer_skip_dynamic", "small_model_tree", "suffix_tree"}
-CHAINS_ONLY = {"speculative_sampling", "block"}
+TREES = {
+    "hybrid_tree",
+    "lookahead",
+    "token_recycling",
+    "layer_skip_tree",
+    "layer_skip_dynamic",
+    "small_model_tree",
+    "suffix_tree",
+}
+CHAINS_ONLY = {"speculative_sampling", "block", "static_ensemble", "fly"}
 VARIANTS = {
     "hybrid_tree": ["drafter=hybrid", "drafter@drafter.second=token_recycling"],
     "layer_skip_tree": ["drafter=layer_skip", "drafter.structure=[2,2]"],

@@ -13,6 +13,7 @@ from specdec.decoding.state import DecodeState
 from specdec.drafter import Drafter
 from specdec.drafter.hybrid import Hybrid
 from specdec.drafter.layer_skip import LayerSkip
+from specdec.drafter.lookahead import Lookahead
 from specdec.drafter.ngram import NGram
 from specdec.drafter.none import NoDraft
 from specdec.drafter.small_model import SmallModel
@@ -25,8 +26,12 @@ from specdec.testing import ConformanceError, Replay, check_drafter, check_no_sy
 from specdec.testing.drafters import PROMPTS
 from specdec.types import Acceptance, DraftInputs, DraftTree, ModelOutput
 from specdec.verifier.block import Block
+from specdec.verifier.fly import FLy
+from specdec.verifier.kseq import KSeq
+from specdec.verifier.relaxed_acceptance import RelaxedAcceptance
 from specdec.verifier.rrs import RRS
 from specdec.verifier.speculative_sampling import SpeculativeSampling
+from specdec.verifier.static_ensemble import StaticEnsemble
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.traversal import Traversal
 from specdec.verifier.typical import Typical
@@ -39,6 +44,7 @@ DRAFTERS = {
     "ngram": NGram,
     "suffix": Suffix,
     "suffix_tree": lambda: Suffix(tree=True, past_outputs=True),
+    "lookahead": Lookahead,
     "token_recycling": TokenRecycling,
     "layer_skip": lambda: LayerSkip(exit_layer=1),
     "layer_skip_tree": lambda: LayerSkip(exit_layer=1, structure=[2, 2]),
@@ -70,7 +76,11 @@ def test_replay_conforms_and_is_accepted(tree: bool, known: list[list[int]], toy
     assert report.acceptance_length > (2 if tree else 1.7)
 
 
-@pytest.mark.parametrize("verifier", [TargetOnly(), SpeculativeSampling(), Block(), RRS(), Traversal(), Typical()])
+LOSSLESS = [TargetOnly(), SpeculativeSampling(), Block(), RRS(), Traversal(), KSeq()]
+LOSSY = [Typical(), StaticEnsemble(), RelaxedAcceptance(), FLy()]
+
+
+@pytest.mark.parametrize("verifier", [*LOSSLESS, *LOSSY])
 def test_verifiers_never_sync(verifier: Any) -> None:
     check_no_sync(NGram(), verifier)
 

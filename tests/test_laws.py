@@ -17,6 +17,7 @@ from specdec.types import Acceptance, DraftTree, Sampling
 from specdec.verifier import Verifier
 from specdec.verifier._common import chain_laws, mass, path_to, pick, real_nodes, residual, target_laws
 from specdec.verifier.block import Block
+from specdec.verifier.kseq import KSeq
 from specdec.verifier.rrs import RRS
 from specdec.verifier.speculative_sampling import SpeculativeSampling
 from specdec.verifier.target_only import TargetOnly
@@ -202,6 +203,7 @@ LOSSLESS = [
     RRS(replacement=False),
     Traversal(replacement=False),
     Traversal(replacement=True),
+    KSeq(),
     Plain(),
 ]
 

@@ -94,13 +94,13 @@ def test_passes_are_pooled_and_equality_needs_every_pass(tmp_path: Path) -> None
     trace = [row("d", 0, [1], 1), row("d", 0, [0], 1, **{"pass": 1}, equal_to_plain=False)]
     trace += [row("d", 1, [1], 1), row("d", 2, [1], 1, equal_to_plain=None)]
     table = at(metrics.summary(load(tmp_path, trace)), "d", "chat")
-    assert (table["prompts"], table["requests_equal"], table["requests_compared"], table["equal"]) == (3, 1, 2, 0.5)
+    assert (table["turns"], table["requests_equal"], table["requests_compared"], table["equal"]) == (3, 1, 2, 0.5)
     assert table["tau"] == pytest.approx(7 / 4)
 
 
 def test_a_request_without_a_step_counts_as_a_prompt_only(tmp_path: Path) -> None:
     table = metrics.summary(load(tmp_path, [row("d", 0, [], 2, equal_to_plain=None), row("d", 1, [2], 2)]))
-    assert at(table, "d", "all")["prompts"] == 2
+    assert at(table, "d", "all")["turns"] == 2
     assert at(table, "d", "all")["tau"] == 3
     assert np.isnan(at(metrics.summary(load(tmp_path, [row("none", 0, [], 0)])), "none", "all")["tau"])
 

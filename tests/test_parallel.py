@@ -22,7 +22,7 @@ from command import QUICK
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from specdec.decoding import SamplingParams, SpeculativeDecoder
+from specdec.decoding import GenerationResult, SamplingParams, SpeculativeDecoder
 from specdec.decoding.params import needs_whole_logits
 from specdec.drafter.layer_skip import LayerSkip
 from specdec.drafter.ngram import NGram
@@ -67,17 +67,17 @@ def target_like(target: Toy) -> Toy:
     return Toy(seed=7, backend="torch", vocab_size=target.config.vocab_size)
 
 
-def decode(target: Toy, method: tuple[Any, Any, SamplingParams]) -> list[list[int]]:
+def decode(target: Toy, method: tuple[Any, Any, SamplingParams], logprobs: bool = False) -> GenerationResult:
     drafter, verifier, sampling = method
-    decoder = SpeculativeDecoder(target, drafter, verifier, sampling, batch_size=2)
-    return decoder.generate(PROMPTS, NEW, seed=3, ignore_eos=True).tokens
+    decoder = SpeculativeDecoder(target, drafter, verifier, sampling, batch_size=2, logprobs=logprobs)
+    return decoder.generate(PROMPTS, NEW, seed=3, ignore_eos=True)
 
 
 def plain_texts(target: Toy) -> dict[str, list[list[int]]]:
     """Prompts with their plain output."""
     texts = {}
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
-        answers = decode(target, (NoDraft(), TargetOnly(), sampling))
+        answers = decode(target, (NoDraft(), TargetOnly(), sampling)).tokens
         texts[name] = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
     return texts
 
@@ -93,12 +93,14 @@ def outputs(family: str, plain: dict[str, list[list[int]]] | None = None) -> Out
     tokens, gathered = {}, {}
     for name, method in methods(target, plain).items():
         parts.clear()
-        tokens[name] = decode(target, method)
+        tokens[name] = decode(target, method).tokens
         gathered[name] = parts.count(target.config.vocab_size // target.shard.world)
+    logprobs = decode(target, methods(target, plain)["tree, sampled"], logprobs=True).logprobs
     target.allocate(1, 64, 1)
     logits = target.prefill(torch.tensor([PROMPTS[0]]), torch.tensor([len(PROMPTS[0])])).logits
     head = target.lm_head.double().sum(1)
-    return {"plain": plain, "tokens": tokens, "gathered": gathered, "logits": logits.tolist(), "head": head.tolist()}
+    values = {"logprobs": logprobs, "logits": logits.tolist(), "head": head.tolist()}
+    return {"plain": plain, "tokens": tokens, "gathered": gathered, **values}
 
 
 def environment(**more: Any) -> dict[str, str]:
@@ -142,6 +144,9 @@ def test_two_ranks_emit_what_one_does(
     logits, one = torch.tensor(first["logits"]), torch.tensor(wanted["logits"])
     assert logits.shape == one.shape == (1, 1, 260)
     assert float((logits - one).abs().max()) < 1e-5 * float(one.abs().max())
+    logprobs, others = torch.tensor(first["logprobs"]), torch.tensor(wanted["logprobs"])
+    assert logprobs.shape == (2, NEW)
+    assert float((logprobs - others).abs().max()) < 1e-4
     greedy = [text[len(prompt) :] for text, prompt in zip(wanted["plain"]["greedy"], PROMPTS, strict=True)]
     assert first["tokens"]["tree"] == first["tokens"]["chain"] == first["tokens"]["observing"] == greedy
 
@@ -276,6 +281,7 @@ def test_a_split_vocabulary_chooses_as_a_whole_one(temperatures: list[float], wo
 def test_who_needs_whole_logits() -> None:
     greedy, warped = GREEDY.tensors(1, torch.device("cpu")), WARPED.tensors(1, torch.device("cpu"))
     assert not needs_whole_logits(NGram(4), TargetOnly(), greedy)
+    assert needs_whole_logits(NGram(4), TargetOnly(), greedy, logprobs=True)
     assert needs_whole_logits(NGram(4), TargetOnly(), warped)
     assert needs_whole_logits(NGram(4), SpeculativeSampling(), greedy)
     assert needs_whole_logits(TokenRecycling(), TargetOnly(), greedy)

@@ -23,16 +23,21 @@ from specdec.types import Acceptance, DraftTree, Sampling
 from specdec.verifier import Verifier
 from specdec.verifier._common import path_to
 from specdec.verifier.block import Block
+from specdec.verifier.fly import FLy
+from specdec.verifier.kseq import KSeq
+from specdec.verifier.relaxed_acceptance import RelaxedAcceptance
 from specdec.verifier.rrs import RRS
 from specdec.verifier.speculative_sampling import SpeculativeSampling
+from specdec.verifier.static_ensemble import StaticEnsemble
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.traversal import Traversal, _tour
 from specdec.verifier.typical import Typical
 
 CHAIN: Topology = (-1, 0, 1, 2)
 TREE: Topology = (-1, 0, 0, 1, 1, 2)
-STOCHASTIC = [SpeculativeSampling(), Block(), RRS(True), RRS(False), Traversal(False), Traversal(True)]
-ALL = [TargetOnly(), *STOCHASTIC, Typical()]
+STOCHASTIC = [SpeculativeSampling(), Block(), RRS(True), RRS(False), Traversal(False), Traversal(True), KSeq()]
+GREEDY_AT_0 = [TargetOnly(), *STOCHASTIC, Typical(), StaticEnsemble()]
+ALL = [*GREEDY_AT_0, RelaxedAcceptance(), FLy()]
 
 
 def name(value: object) -> str:
@@ -89,7 +94,7 @@ def test_target_only_emits_what_plain_decoding_emits(topology: Topology, tempera
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["temperature 0 in a sampled batch", "greedy mode"])
 @pytest.mark.parametrize("drawn", [True, False])
-@pytest.mark.parametrize("verifier", ALL, ids=name)
+@pytest.mark.parametrize("verifier", GREEDY_AT_0, ids=name)
 def test_greedy_rows_follow_the_argmax_and_never_accept_less_than_it_allows(
     verifier: Verifier, drawn: bool, mixed: bool
 ) -> None:
@@ -125,7 +130,7 @@ def test_a_row_with_nothing_proposed_emits_from_the_target_after_the_root(verifi
             torch.testing.assert_close(seen, model.target_logits[0].softmax(-1), atol=0.04, rtol=0)
 
 
-@pytest.mark.parametrize("verifier", [SpeculativeSampling(), Block()], ids=name)
+@pytest.mark.parametrize("verifier", [SpeculativeSampling(), Block(), StaticEnsemble(), FLy()], ids=name)
 def test_chain_rules_refuse_trees(verifier: Verifier) -> None:
     _, tree, logits, sampling = batch(TREE, rows=2)
     assert not verifier.supports_trees

@@ -5,22 +5,22 @@ propose -> verify -> accept -> commit -> observe -> stop test and advance -> one
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.decoding.chat import Prompt, TextStream, encode_all
+from specdec.decoding.chat import Prompt, TextStream
 from specdec.decoding.graph import GraphedStep
 from specdec.decoding.params import SamplingParams, check_pair, needs_whole_logits
-from specdec.decoding.reader import StepReader, finish_reason, note_step
-from specdec.decoding.state import RECORD_FIELDS, DecodeState
-from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, Trace
+from specdec.decoding.reader import StepReader, note_step, read_record
+from specdec.decoding.requests import Request, make_requests, stop_ids
+from specdec.decoding.state import DecodeState
+from specdec.decoding.trace import Chunk, GenerationResult, RequestTrace, RowStep, Trace
 from specdec.drafter import Drafter
 from specdec.sampling import choose
 from specdec.target import Target
@@ -40,8 +40,12 @@ class SpeculativeDecoder:
         batch_size: int = 1,
         use_graphs: bool = True,
         refill: int = 1,
+        logprobs: bool = False,
     ) -> None:
-        """refill: rows that must have ended before waiting prompts begin: more of them share a forward, some wait longer."""
+        """refill: rows that must have ended before waiting prompts begin: more of them share a forward, some wait longer.
+
+        logprobs: keep what every emitted token's log-probability is under the target's own law (see `RequestTrace`).
+        """
         check_pair(drafter, verifier)
         if batch_size < 1 or refill < 1:
             name, value = ("refill", refill) if batch_size >= 1 else ("batch_size", batch_size)
@@ -49,7 +53,7 @@ class SpeculativeDecoder:
         self.target, self.drafter, self.verifier = target, drafter, verifier
         self.sampling = sampling or SamplingParams()
         self.batch_size = batch_size
-        self.use_graphs, self.refill = use_graphs, refill
+        self.use_graphs, self.refill, self.logprobs = use_graphs, refill, logprobs
         self.state: DecodeState | None = None
         self._lengths: Tensor | None = None  # the target's, as this decoder left them
         self.record: Tensor | None = None  # what the last step did, on the device
@@ -72,7 +76,7 @@ class SpeculativeDecoder:
         state = self.state
         assert state is not None, "generate starts the requests"
         if state.tokens.device.type == "cuda" and self.drafter.graphable and self.target.graphable and self.use_graphs:
-            static = (state.sampling.mode, state.max_new)
+            static = (state.sampling.mode, state.max_new, state.logprobs)
             roots = (state, self.target, self.drafter, self.verifier)
             acceptance, self.record = self._graphs(self._step, roots, static)
         else:
@@ -90,7 +94,7 @@ class SpeculativeDecoder:
             tree = tree.trim(widest_row(tree))
         proposed = perf_counter()
         output = self.target.verify(tree)
-        if output.vocabulary is not None and needs_whole_logits(self.drafter, self.verifier, state.sampling):
+        if needs_whole_logits(self.drafter, self.verifier, state.sampling, state.logprobs):
             output = output.whole()
         verified = perf_counter()
         sampling = replace(state.sampling, vocabulary=output.vocabulary) if output.vocabulary else state.sampling
@@ -117,7 +121,7 @@ class SpeculativeDecoder:
         More prompts than batch rows wait in a queue. `stop`: token ids, or strings that are one token, besides the
         model's own. A seed (one for all, or one a prompt) gives the same tokens again, whatever shares the batch.
         """
-        requests = self._requests(prompts, max_new_tokens, seed)
+        requests = make_requests(self.target, prompts, max_new_tokens, seed)
         traces = [RequestTrace(len(request.ids)) for request in requests]
         for _ in self._run(requests, traces, max_new_tokens, stop, ignore_eos):
             pass
@@ -133,59 +137,27 @@ class SpeculativeDecoder:
         ignore_eos: bool = False,
     ) -> Iterator[Chunk]:
         """`generate`, a chunk at a time as steps emit tokens."""
-        requests = self._requests(prompts, max_new_tokens, seed)
+        requests = make_requests(self.target, prompts, max_new_tokens, seed)
         traces = [RequestTrace(len(request.ids)) for request in requests]
         texts = [TextStream(self.tokenizer) for _ in requests]
-        for index, tokens in self._run(requests, traces, max_new_tokens, stop, ignore_eos):
-            finish = traces[index].finish
-            yield Chunk(index, tokens, texts[index].add(tokens, last=finish != ""), finish)
+        for index, step in self._run(requests, traces, max_new_tokens, stop, ignore_eos):
+            text = texts[index].add(step.tokens, last=step.finish != "")
+            yield Chunk(index, step.tokens, text, step.finish, step.logprobs)
 
     def _text(self, tokens: list[int]) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _requests(
-        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, seed: int | Sequence[int]
-    ) -> list[_Request]:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        encoded = encode_all(self.tokenizer, prompts)
-        seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(encoded):
-            raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: give one seed, or one a prompt")
-        for ids in encoded:
-            self._check_ids(ids)
-        return [_Request(i, ids, _noise_seed(s, ids)) for i, (ids, s) in enumerate(zip(encoded, seeds, strict=True))]
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        """ValueError for a token id that the target does not have."""
-        vocabulary = self.target.config.vocab_size
-        bad = next((i for i in ids if not 0 <= i < vocabulary), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the target's vocabulary of {vocabulary}: wrong tokenizer?")
-
-    def _stop_ids(self, stop: Sequence[int | str], ignore_eos: bool) -> Tensor:
-        own = [] if ignore_eos else list(self.target.config.eos_token_ids)
-        if not ignore_eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            own.append(self.tokenizer.eos_token_id)
-        ids: list[int] = []
-        for item in [stop] if isinstance(stop, int | str) else stop:
-            ids += [item] if isinstance(item, int) else encode_stop(self.tokenizer, item)
-        self._check_ids(ids)
-        ids += own
-        unused = [-1] * (-len(set(ids)) % 8)  # so that graphs fit whatever the number
-        return torch.tensor(sorted(set(ids)) + unused, dtype=torch.int64, device=self.target.lengths.device)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def _run(
         self,
-        requests: list[_Request],
+        requests: list[Request],
         traces: list[RequestTrace],
         max_new_tokens: int,
         stop: Sequence[int | str],
         ignore_eos: bool,
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Run all requests; yields (request, tokens) as steps are read."""
+    ) -> Iterator[tuple[int, RowStep]]:
+        """Run all requests; yields (request, what it got) as steps are read."""
         nodes = self.drafter.num_draft_tokens + 1
         batch = min(self.batch_size, len(requests))
         max_len = max(len(request.ids) for request in requests) + max_new_tokens
@@ -194,11 +166,11 @@ class SpeculativeDecoder:
         self.drafter.setup(self.target, batch, room, self.verifier.law)  # knows now which features it needs
         self.target.allocate(batch, max_len, nodes, self.drafter.features)
         sampling = self.sampling.tensors(batch, device)
-        state = DecodeState.empty(batch, room, self._stop_ids(stop, ignore_eos), sampling)
+        state = DecodeState.empty(batch, room, stop_ids(self.target, stop, ignore_eos), sampling, self.logprobs)
         self.state, self._lengths = state, self.target.lengths
         waiting = deque(requests)
         owner: list[int | None] = [None] * batch
-        reader = StepReader(late=device.type == "cuda")
+        reader = StepReader(device.type == "cuda", self.logprobs)
         while True:
             if self.state is not state or self.target.lengths is not self._lengths:
                 raise ValueError(
@@ -214,30 +186,29 @@ class SpeculativeDecoder:
             self.step()
             assert self.record is not None
             done = reader.swap(self.record, self.marks, list(owner))
+            self.target.check()
             if done is not None:
                 yield from note_step(*done, owner, traces)
 
     def _begin(
-        self, waiting: deque[_Request], free: list[int], owner: list[int | None], traces: list[RequestTrace], new: int
-    ) -> Iterator[tuple[int, list[int]]]:
+        self, waiting: deque[Request], free: list[int], owner: list[int | None], traces: list[RequestTrace], new: int
+    ) -> Iterator[tuple[int, RowStep]]:
         """Prefill waiting requests into free rows, and choose their first tokens."""
         taken = {row: waiting.popleft() for row in free[: len(waiting)]}
         begin = perf_counter()
-        record = self._prefill(taken, new)
+        started = self._prefill(taken, new)
         seconds = perf_counter() - begin
         for row, request in taken.items():
-            trace = traces[request.index]
+            step, trace = started[row], traces[request.index]
             trace.prefill_seconds = seconds / len(taken)
-            trace.tokens.append(record[row][RECORD_FIELDS])
-            if record[row][4]:
-                trace.finish = finish_reason(record[row][4])
-            else:
+            trace.emit(step)
+            if not step.finish:
                 owner[row] = request.index
-            yield request.index, [record[row][RECORD_FIELDS]]
+            yield request.index, step
 
     @torch.inference_mode()
-    def _prefill(self, taken: dict[int, _Request], new: int) -> list[list[int]]:
-        """Fill rows with prompts and start them from the target's next token; the record of every row, on the host."""
+    def _prefill(self, taken: dict[int, Request], new: int) -> list[RowStep]:
+        """Fill rows with prompts and start them from the target's next token, which is what every row got."""
         state = self.state
         assert state is not None
         batch, device = len(state.tokens), state.tokens.device
@@ -259,24 +230,12 @@ class SpeculativeDecoder:
                 "its weights are at fault, or its dtype is too narrow for them (try target.dtype=float32)"
             )
         roots = choose(output.logits, state.sampling, state.lengths[:, None] - 1)[:, 0]
-        started = state.set_roots(rows, roots, output.features)
+        record = state.set_roots(rows, roots, output)
         state.max_new = max(width, state.max_new)
         if self.drafter.prefill(state.draft_inputs()):
             state.keep_last(self.drafter.depth + 1)
         self._graphs.changed()
-        return list(started.tolist())
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    index: int
-    ids: list[int]
-    seed: int  # of the noise
-
-
-def _noise_seed(seed: int, ids: list[int]) -> int:
-    """Seed of a request's noise: differs between prompts, not between batches."""
-    return (seed << 32 ^ zlib.crc32(repr(ids).encode())) & 0x7FFFFFFFFFFFFFFF
+        return read_record(record.cpu(), state.logprobs)
 
 
 def capacity(length: int) -> int:
@@ -288,13 +247,3 @@ def widest_row(tree: DraftTree) -> int:
     """Nodes of the fullest row: the loop's one host read, on the CPU only, where a node more costs time."""
     widths: list[int] = tree.num_nodes.tolist()
     return max(widths)
-
-
-def encode_stop(tokenizer: Any, text: str) -> list[int]:
-    """The one token a stop string is, or a ValueError."""
-    if tokenizer is None:
-        raise ValueError(f"the stop string {text!r} needs a tokenizer, and the checkpoint has none: stop on a token id")
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise ValueError(f"the stop string {text!r} is {len(ids)} tokens, not 1: stop on a token id")
-    return list(ids)

@@ -41,10 +41,10 @@ class SamplingParams:
         )
 
 
-def needs_whole_logits(drafter: Drafter, verifier: Verifier, sampling: Sampling) -> bool:
+def needs_whole_logits(drafter: Drafter, verifier: Verifier, sampling: Sampling, logprobs: bool = False) -> bool:
     """Whether more of the logits is looked at than which token is chosen, so that no part of the vocabulary will do."""
     observes = type(drafter).observe is not Drafter.observe
-    return verifier.reads_logits or observes or sampling.mode == "warped"
+    return verifier.reads_logits or observes or sampling.mode == "warped" or logprobs
 
 
 def check_pair(drafter: Drafter, verifier: Verifier) -> None:

@@ -1,6 +1,6 @@
 """The loop's bookkeeping on the device: committed tokens, lengths, who runs, and the stop test. No host reads.
 
-Shapes: B rows, L token buffer, D tree depth, F features, E = D + 1 tokens a step can emit.
+Shapes: B rows, L token buffer, N nodes, D tree depth, F features, V vocabulary, E = D + 1 tokens a step can emit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from specdec.kernels import steps
 from specdec.kernels.steps import LENGTH, STOP
 from specdec.types import Acceptance, DraftInputs, DraftTree, ModelOutput, Sampling
 
-RECORD_FIELDS = 5  # num_nodes, draft_depth, num_accepted, num_emitted, finished; then the emitted tokens
+RECORD_FIELDS = 5  # num_nodes, draft_depth, num_accepted, num_emitted, finished; then tokens and, if asked, logprobs
 
 
 @dataclass(slots=True)
@@ -31,14 +31,15 @@ class DecodeState:
     num_new: Tensor  # int32 [B]
     max_new: int
     features: Tensor | None  # [B, max_new, F]
+    logprobs: bool  # whether records tell the emitted tokens' log-probabilities
 
     @classmethod
-    def empty(cls, batch: int, max_len: int, stop_ids: Tensor, sampling: Sampling) -> DecodeState:
+    def empty(cls, batch: int, max_len: int, stop_ids: Tensor, sampling: Sampling, logprobs: bool) -> DecodeState:
         """Nothing runs yet. max_len: longest row, with room for a whole tree behind it."""
         device = stop_ids.device
         zeros = torch.zeros(batch, dtype=torch.int32, device=device)
         tokens = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
-        return cls(tokens, zeros + 1, zeros.bool(), zeros + max_len, stop_ids, sampling, zeros, 0, None)
+        return cls(tokens, zeros + 1, zeros.bool(), zeros + max_len, stop_ids, sampling, zeros, 0, None, logprobs)
 
     def begin(self, rows: Tensor, prompts: Tensor, lengths: Tensor, limits: Tensor, seeds: Tensor) -> None:
         """Put prompts int64 [B, P] of `lengths` [B] into the rows bool [B]; their roots follow with `set_roots`."""
@@ -49,20 +50,21 @@ class DecodeState:
         self.sampling.seed = torch.where(rows, seeds, self.sampling.seed)
         self.sampling.position = self.lengths - 1
 
-    def set_roots(self, rows: Tensor, roots: Tensor, features: Tensor | None) -> Tensor:
-        """Start the rows from the token that prefill gave. Returns their record [B, 6], like `advance`."""
+    def set_roots(self, rows: Tensor, roots: Tensor, output: ModelOutput) -> Tensor:
+        """Start the rows from the tokens chosen from prefill's output. Returns their record, like `advance`; E = 1."""
         index = (self.lengths - 1).long()[:, None]
         self.tokens.scatter_(1, index, torch.where(rows[:, None], roots[:, None], self.tokens.gather(1, index)))
         stopped = torch.isin(roots, self.stop_ids)
         ended = rows & (stopped | (self.lengths >= self.limits))
         self.running = torch.where(rows, ~ended, self.running)
         self.sampling.position = self.lengths
-        if features is not None:
-            self.features = self._joined(rows, features)
+        if output.features is not None:
+            self.features = self._joined(rows, output.features)
         self.num_new = torch.where(rows, self.lengths - 1, self.num_new)
         finished = ended * torch.where(stopped, STOP, LENGTH)
         zero = torch.zeros_like(roots)
-        return torch.stack([zero, zero, zero - 1, rows.long(), finished, roots], 1)
+        record = torch.stack([zero, zero, zero - 1, rows.long(), finished, roots], 1)
+        return _with_logprobs(record, output.logits) if self.logprobs else record
 
     def _joined(self, rows: Tensor, features: Tensor) -> Tensor:
         """Prompt features [B, P, F] for the rows that begin, the last step's for the others."""
@@ -85,7 +87,7 @@ class DecodeState:
         return DraftInputs(self.tokens, self.lengths, self.num_new, self.max_new, self.features, self.sampling)
 
     def advance(self, tree: DraftTree, output: ModelOutput, acceptance: Acceptance) -> Tensor:
-        """Append what the step emitted, up to a stop token or the limit. Returns the record int64 [B, 5 + E]."""
+        """Append what the step emitted, up to a stop token or the limit. Returns the record int64 [B, 5 + E], or 5 + 2E."""
         count: Tensor
         self.lengths, count, self.running, record = steps.advance(
             tree.tokens, tree.parents, tree.num_nodes,
@@ -93,8 +95,21 @@ class DecodeState:
             self.tokens, self.lengths, self.limits, self.running, self.stop_ids,
         )  # fmt: skip
         if output.features is not None:
-            width = output.features.shape[2]
-            self.features = output.features.gather(1, acceptance.path.long()[:, :, None].expand(-1, -1, width))
+            self.features = _along(acceptance.path, output.features)
         self.num_new, self.max_new = count, acceptance.path.shape[1]
         self.sampling.position = self.lengths
-        return record
+        return _with_logprobs(record, _along(acceptance.path, output.logits)) if self.logprobs else record
+
+
+def _along(path: Tensor, values: Tensor) -> Tensor:
+    """What the nodes of a path hold. path int32 [B, E], values [B, N, X] -> [B, E, X]."""
+    return values.gather(1, path.long()[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def _with_logprobs(record: Tensor, logits: Tensor) -> Tensor:
+    """The record [B, 5 + E] with its tokens' log-probabilities behind them, bits of f64: int64 [B, 5 + 2E].
+
+    logits f32 [B, E, V]: what each token was chosen from, taken as they are: temperature 1, nothing cut off.
+    """
+    logprobs = logits.log_softmax(-1).gather(-1, record[:, RECORD_FIELDS:, None]).squeeze(-1)
+    return torch.cat([record, logprobs.double().view(torch.int64)], 1)

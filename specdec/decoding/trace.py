@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +20,30 @@ STEP_FIELDS = (
 )
 
 
+class RowStep(NamedTuple):
+    """What one row got from a step, or from its prefill."""
+
+    num_nodes: int
+    draft_depth: int
+    num_accepted: int  # -1: it did not run
+    tokens: list[int]
+    logprobs: list[float]  # of the tokens; empty unless they are kept
+    finish: str  # "" while running, then "stop" | "length"
+
+
 @dataclass(slots=True)
 class RequestTrace:
     """One request. Lists hold one entry a decode step; seconds are this request's share of a step's wall time.
 
     num_nodes counts the root; draft_depth is the deepest proposed node; num_emitted < num_accepted + 1 where a stop token or
     the limit cut the step short. The prefill emits the first token, steps the rest. The parts of a step are NaN where the
-    device runs behind the host.
+    device runs behind the host. logprobs are the tokens' own under the target, in nats, from the logits that verified them:
+    at temperature 1, whatever the sampling and the verifier made of those. Empty unless the decoder keeps them.
     """
 
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     finish: str = ""  # "stop" | "length"
     prefill_seconds: float = 0.0
     num_nodes: list[int] = field(default_factory=list)
@@ -42,11 +55,18 @@ class RequestTrace:
     verify_seconds: list[float] = field(default_factory=list)
     accept_seconds: list[float] = field(default_factory=list)
 
+    def emit(self, step: RowStep) -> None:
+        """Append what the request got."""
+        self.tokens += step.tokens
+        self.logprobs += step.logprobs
+        self.finish = step.finish
+
     def as_row(self) -> dict[str, Any]:
         """Plain values, as the trace file keeps them."""
         row: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "tokens": self.tokens, "finish": self.finish}
         row["prefill_seconds"] = self.prefill_seconds
-        return row | {name: [None if v != v else v for v in getattr(self, name)] for name in STEP_FIELDS}  # NaN: null
+        names = ("logprobs", *STEP_FIELDS) if self.logprobs else STEP_FIELDS
+        return row | {name: [None if v != v else v for v in getattr(self, name)] for name in names}  # NaN: null
 
 
 @dataclass(slots=True)
@@ -94,6 +114,11 @@ class GenerationResult:
     text: list[str]  # decoded without special tokens; empty strings without a tokenizer
     trace: Trace
 
+    @property
+    def logprobs(self) -> list[list[float]]:
+        """Log-probability of each of `tokens`, in nats, see `RequestTrace`; empty lists unless the decoder keeps them."""
+        return [request.logprobs for request in self.trace.requests]
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -103,3 +128,4 @@ class Chunk:
     tokens: list[int]  # ids emitted by one step
     text: str  # what they add to the text; a character whose bytes are not complete yet waits for the next chunk
     finish: str  # "" while running, then "stop" | "length"
+    logprobs: list[float]  # of the tokens; empty unless the decoder keeps them

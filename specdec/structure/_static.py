@@ -6,6 +6,9 @@ model that drafts (mostly the same), H its hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,15 @@ from specdec.structure._base import Forward, RootState, Structure, target_ids
 from specdec.structure._shape import TreeShape
 from specdec.types import DraftTree, Law, Sampling
 
-__all__ = ["Static"]
+__all__ = ["Level", "Static", "spread"]
+
+
+class Level(NamedTuple):
+    """Drafts of one depth, and what they were chosen from."""
+
+    logits: Tensor  # [B, n, W]  of their parents, as the model gave them
+    tokens: Tensor  # int64 [B, n']  in the target's ids
+    probs: Tensor | None  # f32 [B, n, W]  the parents' laws; None where drafts are deterministic
 
 
 class Static(Structure):
@@ -38,30 +49,47 @@ class Static(Structure):
         law: Law,
         state: RootState | None = None,
     ) -> DraftTree:
-        """Node i keeps its K/V in slot prefix + i. Greedy batches need no draws: drafts are deterministic under any law."""
-        if sampling.mode == "greedy":
-            law = "any"
         shape, tokens, probs = self.shape, [root[:, None]], []
-        logits, hidden = (None, None) if state is None else (state.logits, state.hidden)
-        for d in range(self.depth):
-            if d > 0 or logits is None:
-                if hidden is not None and not shape.is_chain:
-                    hidden = hidden[:, shape.parent_at[d - 1]]
-                logits, hidden = forward(shape.level_inputs(tokens[-1], prefix_lens, d), hidden)
-            if law != "any":
-                logits = warp(logits, sampling)
-                probs.append(logits.softmax(-1))
-            tokens.append(target_ids(_children(logits, shape, d, sampling, law), state))
+        for level in self.levels(forward, root, prefix_lens, sampling, law, state):
+            tokens.append(level.tokens)
+            if level.probs is not None:
+                probs.append(level.probs)
         if not probs:
             return shape.tree(torch.cat(tokens, 1))
         leaves = shape.num_nodes - sum(level.shape[1] for level in probs)
         probs.append(
             probs[-1][:, -1:].expand(-1, leaves, -1)
         )  # nothing hangs on the last level: its rows are never read
-        return shape.tree(torch.cat(tokens, 1), probs=_spread(torch.cat(probs, 1), state))
+        return shape.tree(torch.cat(tokens, 1), probs=spread(torch.cat(probs, 1), state))
+
+    def levels(
+        self,
+        forward: Forward,
+        root: Tensor,
+        prefix_lens: Tensor,
+        sampling: Sampling,
+        law: Law,
+        state: RootState | None,
+    ) -> Iterator[Level]:
+        """The arguments of `draft`; each level is drafted when it is asked for. Node i keeps its K/V in slot prefix + i.
+
+        Greedy batches need no draws: drafts are deterministic under any law.
+        """
+        if sampling.mode == "greedy":
+            law = "any"
+        shape, tokens = self.shape, root[:, None]
+        logits, hidden = (None, None) if state is None else (state.logits, state.hidden)
+        for d in range(self.depth):
+            if d > 0 or logits is None:
+                if hidden is not None and not shape.is_chain:
+                    hidden = hidden[:, shape.parent_at[d - 1]]
+                logits, hidden = forward(shape.level_inputs(tokens, prefix_lens, d), hidden)
+            warped = logits if law == "any" else warp(logits, sampling)
+            tokens = target_ids(_children(warped, shape, d, sampling, law), state)
+            yield Level(logits, tokens, None if law == "any" else warped.softmax(-1))
 
 
-def _spread(probs: Tensor, state: RootState | None) -> Tensor:
+def spread(probs: Tensor, state: RootState | None) -> Tensor:
     """Laws over the model's ids as laws over the target's. [B, N, W] -> [B, N, V]."""
     if state is None or state.token_ids is None:
         return probs

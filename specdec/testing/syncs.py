@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from specdec.decoding import SpeculativeDecoder
 from specdec.decoding import decoder as loop
 from specdec.drafter import Drafter
+from specdec.structure import adaptive
 from specdec.target.toy import Toy
 from specdec.testing.errors import ConformanceError
 from specdec.verifier import Verifier
@@ -23,8 +24,9 @@ READS = ("tolist", "numpy", "cpu", "__array__", "item", "__bool__", "__int__", "
 def check_no_sync(drafter: Drafter, verifier: Verifier, target: Any = None) -> None:
     """ConformanceError if a step with this pair reads a tensor on the host, or needs a shape that depends on data.
 
-    Steps a throwaway decoder of batch 2; drafter and target are not to be used afterwards. The loop's own read on the CPU
-    (`widest_row`) is exempt. Kernels called by address have no fake form, so the target is the torch runtime.
+    Steps a throwaway decoder of batch 2; drafter and target are not to be used afterwards. The named reads on the CPU, the
+    loop's `widest_row` and the adaptive chain's `any_row_drafts`, are exempt. Kernels called by address have no fake form, so
+    the target is the torch runtime.
     """
     target = target or Toy(backend="torch")
     decoder = SpeculativeDecoder(target, drafter, verifier, batch_size=2)
@@ -48,7 +50,7 @@ class HostReadError(RuntimeError):
 
 @contextmanager
 def _no_reads() -> Iterator[None]:
-    """Every way of reading a tensor raises; the loop's named read gives the static width."""
+    """Every way of reading a tensor raises; the named reads give what every GPU step does: all nodes, all passes."""
 
     def refuse(name: str) -> Any:
         def read(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +60,7 @@ def _no_reads() -> Iterator[None]:
 
     patches = [patch.object(torch.Tensor, name, refuse(name)) for name in READS]
     patches.append(patch.object(loop, "widest_row", lambda tree: tree.tokens.shape[1]))
+    patches.append(patch.object(adaptive, "any_row_drafts", lambda drafting: True))
     for each in patches:
         each.start()
     try:

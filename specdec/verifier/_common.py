@@ -104,3 +104,17 @@ def path_to(tree: DraftTree, node: Tensor) -> tuple[Tensor, Tensor]:
         return torch.minimum(steps, node[:, None]), node
     path = pick(tree.paths(), node.long())
     return torch.where(path < 0, node[:, None], path), (path >= 0).sum(-1, dtype=torch.int32) - 1
+
+
+def longest_path(tree: DraftTree, stands: Tensor, probs: Tensor) -> Tensor:
+    """End of the longest path of nodes that stand; among equals the likeliest, then the first. int64 [B].
+
+    stands bool, probs f32 [B, N]: the verdict on every node (the root's counts for nothing) and its probability.
+    """
+    paths = tree.paths()[..., 1:]
+    steps, padding = paths.clamp(min=0).long().flatten(1), paths < 0
+    whole = (stands.gather(1, steps).view_as(padding) | padding).all(-1)
+    likelihood = probs.log().gather(1, steps).view_as(padding).masked_fill(padding, 0.0).sum(-1)
+    depths = (~padding).sum(-1).masked_fill(~whole, -1)
+    deepest = depths == depths.amax(1, keepdim=True)
+    return likelihood.masked_fill(~deepest, -torch.inf).argmax(1)

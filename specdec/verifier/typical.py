@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.sampling import argmax
 from specdec.types import Acceptance, DraftTree, Sampling
 from specdec.verifier import Verifier
-from specdec.verifier._common import mass, path_to, pick, real_nodes, target_laws
+from specdec.verifier._common import longest_path, mass, path_to, pick, real_nodes, target_laws
 
 
 class Typical(Verifier):
@@ -32,15 +32,6 @@ class Typical(Verifier):
         parents = tree.parents.clamp(min=0).long()
         probs = mass(target_probs.gather(1, parents[..., None].expand_as(target_probs)), tree.tokens)
         typical = (probs > threshold.gather(1, parents)) & real_nodes(tree)
-
-        paths = tree.paths()
-        steps = paths[..., 1:].clamp(min=0).long().flatten(1)
-        padding = paths[..., 1:] < 0
-        stands = (typical.gather(1, steps).view_as(padding) | padding).all(-1)
-        stands[:, 0] = True
-        likelihood = probs.log().gather(1, steps).view_as(padding).masked_fill(padding, 0.0).sum(-1)
-        depths = (~padding).sum(-1).masked_fill(~stands, -1)
-        deepest = depths == depths.amax(1, keepdim=True)
-        node = likelihood.masked_fill(~deepest, -torch.inf).argmax(1)
+        node = longest_path(tree, typical, probs)
         path, num_accepted = path_to(tree, node)
         return Acceptance(path, num_accepted, argmax(pick(logits, node)))
