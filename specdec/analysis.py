@@ -55,7 +55,8 @@ __all__ = [
 ]
 
 CELLS = "cells.jsonl"  # in a sweep's folder, a line per cell of the last command that swept there
-TAKEN = {*metrics.REQUIRED, "tokens", "category", "language", "template", "turns"}  # columns that are no setting
+# columns of traces and summaries: no setting is called so
+TAKEN = {*metrics.REQUIRED, "tokens", "category", "language", "template", "turns", "logprobs"}
 
 
 def load(runs: str | Path | Sequence[str | Path]) -> pd.DataFrame:
@@ -83,7 +84,7 @@ def sweep_cells(folder: str | Path) -> pd.DataFrame:
     settings = settings.rename(columns=_short_names(settings.columns.tolist()))
     words = [" ".join(f"{name}={value}" for name, value in row.items()) for _, row in settings.iterrows()]
     cells.insert(0, "run", [said or cell for said, cell in zip(words, cells["cell"], strict=True)])
-    cells = cells.join(settings.drop(columns=METHOD, errors="ignore"))  # rows are by drafter and verifier anyway
+    cells = cells.join(settings[[name for name in settings if name not in TAKEN]])  # a row says its drafter anyway
     return cells.drop_duplicates("cell", ignore_index=True)
 
 

@@ -28,7 +28,7 @@ def one_sentence(error: BaseException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} does not exist; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        hint = "" if "=" in error.override else " (the one word alone is `train`)"
+        hint = "" if "=" in error.override else " (the one word alone is `train`, which comes first)"
         if error.override.startswith("drafters="):
             hint = """ (settings of one drafter stand in quotes: 'drafters=[ngram,"ngram num_draft_tokens=8"]')"""
         return f"{error.override!r} is not KEY=VALUE as Hydra reads it{hint}: {error.message.splitlines()[0]}"

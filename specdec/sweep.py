@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLE, RESULTS = "table.md", "results.csv"
+NAME = 6  # characters of a name's line in a narrow terminal
 NOTE = "Over all tasks, with 95% intervals over requests; every cell's own table.md says what the columns mean."
 
 
@@ -87,7 +88,7 @@ def end_sweep(console: Console) -> None:
         headers, rows = _as_text(results, cells.columns[3:].tolist())
         lines = [f"# {folder.resolve().name}", "", f"`{command(sys.argv)}`", "", *_markdown(headers, rows), "", NOTE]
         (folder / TABLE).write_text("\n".join([*lines, *([sentence] if missing else []), ""]))
-        console.print(_table(headers, rows))
+        console.print(_table(headers, rows, console.width), crop=False)
         console.print(Text(f"sweep: {folder / TABLE}, {folder / RESULTS}"), soft_wrap=True)
     if missing:
         console.print(Text(sentence), soft_wrap=True)
@@ -127,15 +128,21 @@ def _as_text(results: pd.DataFrame, settings: list[str]) -> tuple[list[str], lis
     return headers, rows
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> Table:
-    """For the terminal; names wrap, where a space stands for _, and numbers stay whole."""
-    names = headers[: headers.index("drafter") + 1]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def _names(headers: list[str]) -> list[str]:
+    """The columns before the numbers."""
+    return headers[: headers.index("drafter") + 1]
+
+
+def _table(headers: list[str], rows: list[list[str]], width: int) -> Table:
+    """For the terminal. Names wrap, where a space stands for _; where numbers do not fit, the terminal wraps the lines."""
+    names = _names(headers)
+    lengths = {column[0]: max(map(len, column)) for column in zip(headers, *rows, strict=True)}
+    least = sum(2 + (min(length, NAME) if header in names else length) for header, length in lengths.items())
+    whole = sum(2 + length for length in lengths.values()) if least > width else None
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=whole)
     for header in headers:
-        number = header not in names
-        table.add_column(
-            header.replace("_", " "), overflow="fold", no_wrap=number, justify="right" if number else "left"
-        )
+        kind: Any = {"overflow": "fold"} if header in names else {"no_wrap": True, "justify": "right"}
+        table.add_column(header.replace("_", " "), **kind)
     for row in rows:
         table.add_row(*map(Text, row), style="bold" if row[-1] else "")
     return table
@@ -143,7 +150,7 @@ def _table(headers: list[str], rows: list[list[str]]) -> Table:
 
 def _markdown(headers: list[str], rows: list[list[str]]) -> list[str]:
     """For the file."""
-    names = headers.index("drafter") + 1
+    names = len(_names(headers))
     rule = "|" + "---|" * names + "---:|" * (len(headers) - names)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (headers, *rows)]
     return [lines[0], rule, *lines[1:]]

@@ -149,6 +149,18 @@ def test_each_diff_composes(file: str) -> None:
         assert drafter in NAMES["drafter"]
 
 
+@pytest.mark.parametrize("path", sorted((CONF / TRAINING / "debug").glob("*.yaml")), ids=lambda path: path.stem)
+def test_debug_changes_training_too(path: Path) -> None:
+    """And nothing where it was not asked for; it adds no key."""
+    usual, changed = (compose_config(words, "train") for words in ([], [f"debug={path.stem}"]))
+    assert usual.training.steps == yaml.safe_load((CONF / "train.yaml").read_text())["training"]["steps"]
+    assert changed.training.steps < usual.training.steps
+    assert changed.target == compose_config(["target=toy"]).target
+    for part in (TRAINING, "data"):
+        assert changed[part].keys() == usual[part].keys()
+    assert changed.keys() == usual.keys()
+
+
 def test_the_demo_compares_methods_that_fit() -> None:
     config = compose_config(["experiment=demo"])
     verifier = build(config.verifier, "verifier")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from command import LEFT, QUICK, CommandLine, contents
+from questions import write_questions
 
 from specdec import analysis, metrics
 from specdec.cli import LONGEST_NAME, cell_name
@@ -172,12 +173,16 @@ def test_a_sweep_without_a_finished_cell_has_no_table(specdec: CommandLine) -> N
 
 def test_drafter_and_verifier_stand_in_the_label(specdec: CommandLine) -> None:
     """A lossy rule is marked and never the best; a sweep of one cell has nothing to compare."""
-    assert specdec("-m", *QUICK, "verifier=typical,target_only", "drafters=[ngram],[suffix]").code == 0
+    done = specdec("-m", *QUICK, "verifier=typical,target_only", "drafters=[ngram],[suffix]", "logprobs=true")
     header, *rows = markdown(specdec.folder / "runs/sweep")
     assert header[:2] == ["drafters", "drafter"]
     labels = [f"{name} + {rule}" for rule in ("typical", "target_only") for name in ("ngram", "suffix")]
     assert [row[1] for row in rows] == [f"{label} (lossy)" if "typical" in label else label for label in labels]
     assert "best" in (rows[2][-1], rows[3][-1])
+    assert header[-3:-1] == ["nll", "nll excess"]
+    for row in rows:  # too wide for 80 columns, and whole
+        assert "  ".join(row[2:4]) in done.out
+        assert row[-2] in done.out
     assert specdec("-m", *QUICK, "sweep_dir=one").code == 0
     header, *rows = markdown(specdec.folder / "one")
     assert [header[0], *rows[0][::7]] == ["drafter", "ngram"]
@@ -218,3 +223,21 @@ def test_names_are_as_short_as_they_may_be() -> None:
         "seed": "seed",
         "drafter": "drafter",
     }  # fmt: skip
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_of_trainings_has_a_table_too(specdec: CommandLine) -> None:
+    """With debug=quick, which trains on the toy target; what is asked is a file's, so that the text takes no time."""
+    write_questions(specdec.folder / "questions.jsonl", (f"What is {i}?" for i in range(16)), ("a",))
+    options = [
+        "train", "-m", "debug=quick", "drafter=medusa", "dataset@data.prompts=jsonl", "data.prompts.path=questions.jsonl",
+        "data.folder=text", "data.tokens=200", "data.answers.conversations=16", "dataset.limit=1", "max_new_tokens=4",
+    ]  # fmt: skip
+    done = specdec(*options, "training.steps=1,2")
+    assert done.code == 0, done.err
+    header, *rows = markdown(specdec.folder / "runs/train/sweep")
+    assert [row[:2] for row in [header, *rows]] == [["steps", "drafter"], ["1", "medusa"], ["2", "medusa"]]
+    frame = analysis.load_sweep(specdec.folder / "runs/train/sweep")
+    assert frame.groupby("drafter")["steps"].unique().map(list).to_dict() == {"none": [1, 2], "medusa": [1, 2]}
