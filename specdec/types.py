@@ -50,6 +50,7 @@ class ModelInputs:
         None  # int32 [B, T, D+1]  slots behind the prefix a query sees, in order, itself last, -1 padded
     )
     offset: int = 0  # K/V of token t goes to slot prefix + offset + t; with paths=None queries are causal
+    begin: int | None = None  # the prefix, where the host knows it and all rows have the same
 
 
 @dataclass(frozen=True, slots=True)

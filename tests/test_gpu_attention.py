@@ -166,13 +166,28 @@ def test_any_chain(
         )
 
 
-def test_a_prompt_longer_than_exact_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vendor's product, then rotation by itself; queries of several splits."""
+@pytest.mark.parametrize(
+    ("kind", "begin", "rows", "chunk", "flash"),
+    [
+        (torch.float32, None, 1, 0, False), (torch.float32, 70, 1, 0, False), (torch.bfloat16, 70, 1, 0, True),
+        (torch.bfloat16, 0, 2, 0, True), (torch.bfloat16, 110, 1, 100, True), (torch.bfloat16, 70, 1, 100, False),
+        ("fp8", 70, 1, 0, True),
+    ],
+)  # fmt: skip
+def test_a_prompt_longer_than_exact_forwards(
+    kind: Any, begin: int | None, rows: int, chunk: int, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vendor's product, then rotation by itself; queries of several splits, or torch's attention where it fits."""
     monkeypatch.setattr(gpu_ops, "TOKENS_EXACT", 64)
-    tokens = gpu_ops.TOKENS_EXACT + 3
-    positions = 70 + torch.arange(tokens, dtype=torch.int32)[None]
-    inputs = ModelInputs(positions.long(), positions, torch.tensor([70], dtype=torch.int32))
-    check(Case(inputs, torch.float32, (4, 1, 32)), AttentionRule())
+    if flash:
+        monkeypatch.setattr(gpu_attention, "attention_kernel", None)
+    else:
+        monkeypatch.setattr(gpu_attention, "causal_attention", None)
+    prefix = torch.full((rows,), 70 if begin is None else begin, dtype=torch.int32)
+    positions = prefix[:, None] + torch.arange(gpu_ops.TOKENS_EXACT + 3, dtype=torch.int32)
+    inputs = ModelInputs(positions.long(), positions, prefix, begin=begin)
+    case = Case(inputs, torch.bfloat16 if kind == "fp8" else kind, (4, 1, 32), 0, kind == "fp8")
+    check(case, AttentionRule(chunk=chunk))
 
 
 @pytest.mark.parametrize("prefix", [SPLIT - 3, SPLIT, 15])

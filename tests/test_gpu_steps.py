@@ -155,10 +155,10 @@ def test_advance(rows: int, nodes: int, chain: bool, num_stops: int, seed: int) 
 
 
 @triton.jit
-def noise_kernel(seed, position, index, out, stream: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
+def noise_kernel(seed, position, index, out, stream_number: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
     lane = tl.arange(0, size)
     seeds, places = tl.load(seed + lane), tl.load(position + lane)
-    noise = uniform(hash_bits(seeds, places, tl.load(index + lane), stream))
+    noise = uniform(hash_bits(seeds, places, tl.load(index + lane), stream_number))
     tl.store(out + lane, noise)
     tl.store(out + size + lane, gumbel(noise))
 
@@ -172,7 +172,7 @@ def test_noise_is_the_torch_forms(seed: int, position: int, stream: int, first: 
     places = torch.full((size,), position, dtype=torch.int32)
     index = torch.arange(first, first + size, dtype=torch.int32)
     out = torch.empty(2, size, device=DEVICE)
-    noise_kernel[(1,)](*on(seeds, places, index), out, stream=stream, size=size)
+    noise_kernel[(1,)](*on(seeds, places, index), out, stream_number=stream, size=size)
     defined = torch_sampling.uniform(seeds, places, stream, index)
     assert torch.equal(out[0].cpu(), defined)
     torch.testing.assert_close(out[1].cpu(), -torch.log(-torch.log1p(-defined)), rtol=2e-6, atol=2e-6)

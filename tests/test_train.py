@@ -38,7 +38,7 @@ from specdec.target.ranks import Ranks, join, leave
 from specdec.target.toy import Toy
 from specdec.train.checkpoint import latest
 from specdec.train.corpus import Batch
-from specdec.train.eagle3 import Eagle3Head, make_head
+from specdec.train.eagle3 import Eagle3Head, _fused_chain_attention, chain_attention, make_head
 from specdec.train.export import export
 from specdec.train.features import Features
 from specdec.train.losses import LOSSES, Law, acceptance_rate, target_law
@@ -153,6 +153,20 @@ def random_law(seed: int, n: int = 5, drafts: int = 7, covered: bool = True) -> 
         best = whole.argmax(-1)
     inside = torch.where(best < drafts, best, -1)
     return Law(whole[:, :drafts], inside, inside)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_attention_over_a_chain_under_a_mask(steps: int) -> None:
+    """What a GPU computes at once: the same values and gradients."""
+    draw = torch.Generator().manual_seed(steps)
+    q = torch.randn(2, 9, 6, 8, generator=draw).requires_grad_()
+    keys, values = ([torch.randn(2, 9, 2, 8, generator=draw).requires_grad_() for _ in range(steps)] for _ in range(2))
+    results = [attend(q, keys, values) for attend in (chain_attention, _fused_chain_attention)]
+    slope = torch.randn(results[0].shape, generator=draw)
+    grads = [torch.autograd.grad((result * slope).sum(), [q, *keys, *values]) for result in results]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

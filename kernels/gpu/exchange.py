@@ -115,8 +115,9 @@ def exchange_norm_kernel(
     elif PLAIN != "no" or QUANTISE != "no":
         largest = tl.max(tl.abs(h), 0)
         if K > BLOCK:
-            table = parts + token * count * 2
-            total, largest = over_programs(table, part, total, largest, turn, absent, lost, patience, tl.cdiv(K, BLOCK))
+            COUNT: tl.constexpr = (K + BLOCK - 1) // BLOCK
+            table = parts + token * COUNT * 2
+            total, largest = over_programs(table, part, total, largest, turn, absent, lost, patience, COUNT)
         factor = tl.rsqrt(total / K + eps)
         store_normed(plain, quantised, scales, input_scale, h, factor, largest, at, at, mask, token, PLAIN, QUANTISE)
 

@@ -137,11 +137,10 @@ class Ops:
 
         The result is in e4m3 for a product `into` that has a static input scale.
         """
-        groups, size, m = keys.shape[1], keys.shape[3], x.shape[-2]
-        heads = shape(weight)[0] // size - 2 * groups
+        (n, k), m, groups, size = shape(weight), x.shape[-2], keys.shape[1], keys.shape[3]
+        heads = n // size - 2 * groups
         queries = torch.empty((m, heads * size), dtype=heads_dtype(keys), device=x.device)
         where = places(queries, keys, values, inputs, cos, sin, rule)
-        n, k = shape(weight)
         burst = isinstance(weight, Tensor) and k <= BURST
         if m > TOKENS_EXACT or (burst and (rule.q_norm is not None or (rule.unit_norm and rule.rope))):
             rotate(self, self.norm_linear(x, norm, eps, weight), where, rule, heads, groups)
@@ -151,9 +150,10 @@ class Ops:
             parts = torch.empty((self.tile("qkv", weight).splits, m, n), device=x.device)
             self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
             rotate(self, parts, where, rule, heads, groups)
-        scale = static_scale(into) if m <= TOKENS_EXACT else None
-        largest = None if isinstance(weight, Tensor) or scale is not None else torch.empty((m, heads), device=x.device)
-        out = attention(self, queries, keys, values, inputs, rule.chunk, largest, scale)
+        exact, rounded = m <= TOKENS_EXACT, isinstance(weight, Fp8Weight)
+        scale = static_scale(into) if exact else None
+        largest = torch.empty((m, heads), device=x.device) if rounded and exact and scale is None else None
+        out = attention(self, queries, keys, values, inputs, rule.chunk, largest, scale, exact)
         if largest is not None:
             self.largest = out, largest
         return out

@@ -182,9 +182,8 @@ class Llama:
             stop = min(start + self.prefill_chunk, length)
             positions = torch.arange(start, stop, dtype=torch.int32, device=self.device)[None]
             prefix = torch.full((1,), start, dtype=torch.int32, device=self.device)
-            x, tapped = self.model(
-                ModelInputs(tokens[row : row + 1, start:stop], positions, prefix), cache, self.features
-            )
+            chunk = ModelInputs(tokens[row : row + 1, start:stop], positions, prefix, begin=start)
+            x, tapped = self.model(chunk, cache, self.features)
             if features is not None:
                 features[row, start:stop] = tapped
         self.model.ops.flush(x)
@@ -198,7 +197,7 @@ class Llama:
         held = self.cache.like(count, width)
         positions = torch.arange(width, dtype=torch.int32, device=self.device).repeat(count, 1)
         prefix = torch.zeros(count, dtype=torch.int32, device=self.device)
-        x, tapped = self.model(ModelInputs(tokens[rows, :width], positions, prefix), held, self.features)
+        x, tapped = self.model(ModelInputs(tokens[rows, :width], positions, prefix, begin=0), held, self.features)
         self.model.ops.flush(x)
         self.cache.put(rows, held)
         if features is not None:
@@ -216,7 +215,7 @@ class Llama:
         batch, width = tokens.shape
         self.allocate(batch, width, 0, features)
         places = torch.arange(width, dtype=torch.int32, device=self.device).repeat(batch, 1)
-        texts = ModelInputs(tokens.to(self.device), places, torch.zeros_like(self.lengths))
+        texts = ModelInputs(tokens.to(self.device), places, torch.zeros_like(self.lengths), begin=0)
         tapped: Tensor = self.model(texts, self.cache, self.features)[1]
         return tapped.view(batch, width, -1) * (places < lengths.to(self.device)[:, None])[..., None]
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "Law", "acceptance_rate", "choose_loss", "target_law"]
+__all__ = ["LOSSES", "Judge", "Law", "acceptance_rate", "choose_loss", "target_law"]
 
 
 @dataclass(slots=True)
@@ -49,6 +49,11 @@ def target_law(hidden: Tensor, head: Tensor, text: Tensor, ids: Tensor | None, i
         logits = F.linear(hidden.float(), head)
     else:
         logits = torch.mm(hidden.to(head.dtype), head.t(), out_dtype=torch.float32)
+    if logits.device.type == "cuda":
+        from specdec.kernels.gpu.loss import seen_law
+
+        probs, best = seen_law(logits, torch.arange(len(head), device=head.device) if ids is None else ids)
+        return Law(probs, best, text) if index is None else Law(probs, index[best], index[text])
     best = logits.argmax(-1)
     probs = logits.softmax(-1)
     if ids is None or index is None:
@@ -111,6 +116,28 @@ def choose_loss(name: str, eta: float) -> Loss:
     if name not in LOSSES:
         raise ValueError(f"training.loss={name} is unknown; choose one of {', '.join(LOSSES)}")
     return partial(hybrid, eta=eta) if name == "hybrid" else LOSSES[name]
+
+
+class Judge:
+    """Predictions against the target's law, by a loss of LOSSES; on a GPU in one kernel (kernels/gpu/loss.py)."""
+
+    def __init__(self, name: str, eta: float) -> None:
+        self.loss, self.name, self.eta = choose_loss(name, eta), name, eta
+
+    def __call__(self, logits: Tensor, law: Law) -> tuple[Tensor, Tensor]:
+        """Draft logits [n, W] -> the summed loss, with its gradient, and sums f64 [4]: loss, alpha, greedy hits, n."""
+        count = torch.full((1,), len(logits), dtype=torch.float64, device=logits.device)
+        if logits.device.type == "cuda":
+            from specdec.kernels.gpu.loss import Judged
+
+            label = law.text if self.name == "text" else law.best
+            loss, found = Judged.apply(logits, law.probs, law.best, label, self.name, self.eta)  # type: ignore[no-untyped-call]
+            return loss, torch.cat([found.double().sum(0), count])
+        log_q = logits.float().log_softmax(-1)
+        loss = self.loss(log_q, law).sum()
+        with torch.no_grad():
+            found = torch.stack([acceptance_rate(log_q, law), (logits.argmax(-1) == law.best).float()])
+            return loss, torch.cat([loss.double()[None], found.double().sum(1), count])
 
 
 def _label(log_q: Tensor, label: Tensor) -> Tensor:

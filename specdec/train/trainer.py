@@ -24,7 +24,7 @@ from specdec.train.checkpoint import Standing
 from specdec.train.corpus import Batch
 from specdec.train.heads import TrainableHead
 from specdec.train.log import COUNT, LOSS, TrainLog, averages
-from specdec.train.losses import Law, acceptance_rate, choose_loss, target_law
+from specdec.train.losses import Judge, target_law
 from specdec.train.params import TrainingParams
 
 __all__ = ["Batches", "Features", "Trainer"]
@@ -58,7 +58,7 @@ class Trainer:
         self.features, self.batches, self.params, self.folder = features, batches, params, folder
         self.ranks, self.name_row = ranks, name_row
         self.rank, self.world = (ranks.rank, ranks.world) if ranks else (0, 1)
-        self.loss = choose_loss(params.loss, params.eta)
+        self.judge = Judge(params.loss, params.eta)
         self.amp = params.precision == "bfloat16" or (params.precision == "auto" and self.device.type == "cuda")
         matrices, vectors = ([p for p in head.parameters() if (p.dim() > 1) == many] for many in (True, False))
         groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -151,51 +151,48 @@ class Trainer:
     def _accumulate(self, batch: Batch, rows: list[int]) -> Tensor:
         """Add some rows' gradients. Sums f64 [J, 4]."""
         lengths = batch.lengths[rows]
-        tokens, mask = (x[rows, : int(lengths.max())].to(self.device) for x in (batch.tokens, batch.loss_mask))
+        tokens, mask = (x[rows, : int(lengths.max())] for x in (batch.tokens, batch.loss_mask))
+        on_device = Batch(tokens.to(self.device), lengths, mask.to(self.device), batch.rows[rows])
         with torch.no_grad():
-            taps, hidden = self.features(Batch(tokens, lengths, mask, batch.rows[rows]))
+            taps, hidden = self.features(on_device)
             read = torch.cat([taps, hidden], -1) if "hidden" in self.head.taps else taps
         if torch.is_grad_enabled():
             read = self.head.augment(read, self._keys(batch.rows[rows]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self._predict(self.head(tokens, read, self.embed), tokens, hidden, mask)
+            states = self.head(on_device.tokens, read, self.embed)
+            return self._predict(states, tokens, hidden, mask)
 
     def _predict(self, states: list[Tensor], tokens: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
         """Losses and gradients of all predictions, a chunk of tokens at a time, so that V logits exist for a chunk alone.
 
         The law of a token's predecessor s is computed once and judges every prediction of that token: the one of depth j
-        was made at position s - 1 - j. Gradients gather at the states, then run through the head once.
+        was made at position s - 1 - j. Gradients gather at the states, then run through the head once. tokens and mask are
+        the host's, which knows from them what is predicted and need not wait for the device.
         """
-        leaves = [state.detach().requires_grad_() for state in states]
-        stats = torch.zeros(len(states), 4, dtype=torch.float64, device=self.device)
+        leaves = [state.detach().flatten(0, 1).requires_grad_() for state in states]  # [B * T, H]
+        goals, stats = hidden.flatten(0, 1), torch.zeros(len(states), 4, dtype=torch.float64, device=self.device)
         rows, at = mask[:, 2:].nonzero(as_tuple=True)
         at = at + 1  # position before the token that counts
-        for r, s in zip(*(torch.split(x, self.params.chunk) for x in (rows, at)), strict=True):
+        for r, s in zip(*(torch.split(x, self.params.chunk) for x in (rows, at)), strict=True) if len(at) else ():
+            place, text = (r * mask.shape[1] + s).to(self.device), tokens[r, s + 1].to(self.device)
             with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-                goal = hidden[r, s]
-                law = target_law(goal, self.lm_head, tokens[r, s + 1], self.head.ids, self.head.index)
+                goal = goals[place]
+                law = target_law(goal, self.lm_head, text, self.head.ids, self.head.index)
             for j, leaf in enumerate(leaves):
-                made = s - 1 - j
-                inside = (made >= 0).nonzero().squeeze(1)
-                predicted = leaf[r[inside], made[inside]]
-                loss = self._judge(self.head.logits(j, predicted).float(), law[inside], stats[j])
+                made, judged, wanted = place - 1 - j, law, goal
+                if int(s.min()) < 1 + j:  # some stand too near the row's beginning to have been predicted so deep
+                    inside = (s > j).nonzero().squeeze(1).to(self.device)
+                    made, judged, wanted = made[inside], law[inside], goal[inside]
+                predicted = leaf.index_select(0, made)
+                loss, sums = self.judge(self.head.logits(j, predicted), judged)
+                stats[j] += sums
                 if torch.is_grad_enabled():
-                    loss = self.head.objective(loss, predicted, goal[inside])
+                    loss = self.head.objective(loss, predicted, wanted)
                     torch.autograd.backward(loss * self.params.depth_decay**j)
-        reached = [(s, leaf.grad) for s, leaf in zip(states, leaves, strict=True) if leaf.grad is not None]
+        reached = [(s, leaf.grad.view_as(s)) for s, leaf in zip(states, leaves, strict=True) if leaf.grad is not None]
         if reached:
             torch.autograd.backward([s for s, _ in reached], [grad for _, grad in reached])
         return stats
-
-    def _judge(self, logits: Tensor, law: Law, stats: Tensor) -> Tensor:
-        """Summed loss of predictions [n, W]; adds it, alpha, greedy hits and n to stats f64 [4]."""
-        log_q = logits.log_softmax(-1)
-        loss = self.loss(log_q, law).sum()
-        with torch.no_grad():
-            hits = logits.argmax(-1) == law.best
-            sums = loss, acceptance_rate(log_q, law).sum(), hits.sum(), torch.ones_like(hits).sum()
-            stats += torch.stack([x.double() for x in sums])
-        return loss
 
     def _keys(self, rows: Tensor) -> Tensor:
         """A number for each row of this epoch, by which a head draws its noise. int64 [B] -> int64 [B]."""
