@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.kernels.gpu import attention as gpu_attention
+from specdec.kernels.gpu import long as gpu_long
 from specdec.kernels.gpu import ops as gpu_ops
 from specdec.kernels.gpu.attention import SPLIT
 from specdec.kernels.gpu.ops import Ops
@@ -182,7 +183,7 @@ def test_a_prompt_longer_than_exact_forwards(
     if flash:
         monkeypatch.setattr(gpu_attention, "attention_kernel", None)
     else:
-        monkeypatch.setattr(gpu_attention, "causal_attention", None)
+        monkeypatch.setattr(gpu_long, "attention", None)
     prefix = torch.full((rows,), 70 if begin is None else begin, dtype=torch.int32)
     positions = prefix[:, None] + torch.arange(gpu_ops.TOKENS_EXACT + 3, dtype=torch.int32)
     inputs = ModelInputs(positions.long(), positions, prefix, begin=begin)

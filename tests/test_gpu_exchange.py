@@ -20,7 +20,7 @@ from specdec.kernels import reference
 from specdec.kernels.gpu.exchange import Mailbox
 from specdec.kernels.gpu.parallel import ParallelOps
 
-ROOM, BLOCK, CHANNELS = 4, 64, 2 * 64 + 16  # three programs a token, the last one nearly empty
+ROOM, BLOCK, CHANNELS = 4, 128, 2 * 128 + 16  # three programs a token, the last one nearly empty
 TURNS = [(3, 2), (1, 1), (4, 3), (2, 1)]  # M and P of the exchanges of a run
 MODES = [("normed", "static"), ("normed", "dynamic"), ("no", "dynamic"), ("raw", "no"), ("no", "no")]
 WORLDS = (2, 3)

@@ -41,7 +41,22 @@ from specdec.verifier.target_only import TargetOnly
 
 pytestmark = pytest.mark.filterwarnings("ignore:the draft model's vocabulary has")
 BYTE_LEVEL = ("Ġ", "Ġthe", "Ċ", "Ã", "©", "a", "Ġcat", "at", "Ġthecat", "<|end|>", "Ġ▁")
-PIECES = ("<unk>", "<s>", "<0x0A>", "<0x20>", "<0x61>", "<0xC3>", "▁the", "▁", "a", "cat", "at", "é", "▁x")
+PIECES = (
+    "<unk>",
+    "<s>",
+    "<0x0A>",
+    "<0x20>",
+    "<0x61>",
+    "<0xC3>",
+    "▁the",
+    "▁",
+    "a",
+    "cat",
+    "at",
+    "é",
+    "▁x",
+    "Ġ",
+)  # the last a letter
 
 
 class Names:

@@ -11,11 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from specdec.kernels.gpu.linear import to_fp8
 from specdec.kernels.gpu.pdl import wait
@@ -138,14 +136,8 @@ def attention(
     chunk: int,
     largest: Tensor | None = None,
     scale: Tensor | None = None,
-    exact: bool = True,
 ) -> Tensor:
-    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E], in e4m3 by a scale; fills largest f32 [M, H].
-
-    exact: bits must not depend on M. Where they may, a long piece of a prompt goes to torch's own attention.
-    """
-    if not exact and largest is None and scale is None and _is_plain(q, inputs, chunk):
-        return causal_attention(q, keys, values, inputs, chunk)
+    """Launch it: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E], in e4m3 by a scale; fills largest f32 [M, H]."""
     batch, tokens = inputs.tokens.shape
     _, groups, slots, size = keys.shape
     heads = q.shape[1] // size
@@ -168,22 +160,3 @@ def attention(
         tokens, grid[0], chunk, **shape, WAYS=WAYS, LARGEST=largest is not None, num_warps=1, **ops.launch(),
     )  # fmt: skip
     return out
-
-
-def _is_plain(q: Tensor, inputs: ModelInputs, chunk: int) -> bool:
-    """Half precision, no tree, a prefix that the host knows, all within one chunk: what `causal_attention` takes."""
-    begin, tokens = inputs.begin, inputs.tokens.shape[1]
-    plain = q.dtype != torch.float32 and inputs.paths is None and inputs.offset == 0
-    return plain and begin is not None and (chunk == 0 or begin // chunk == (begin + tokens - 1) // chunk)
-
-
-def causal_attention(q: Tensor, keys: Tensor, values: Tensor, inputs: ModelInputs, chunk: int) -> Tensor:
-    """As `attention`, by torch's own, the fastest for many tokens: queries [M, H*E] over the cache [B, G, C, E] -> [M, H*E]."""
-    (batch, tokens), size, begin = inputs.tokens.shape, keys.shape[3], inputs.begin
-    assert begin is not None
-    oldest, end = begin // chunk * chunk if chunk else 0, begin + tokens
-    heads = q.view(batch, tokens, -1, size).transpose(1, 2)
-    k, v = (x[:, :, oldest:end].to(q.dtype) for x in (keys, values))
-    mask = causal_lower_right(tokens, end - oldest)
-    out = F.scaled_dot_product_attention(heads, k, v, mask, scale=1.0, enable_gqa=True)
-    return out.transpose(1, 2).reshape(q.shape)

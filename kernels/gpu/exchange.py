@@ -21,6 +21,7 @@ from specdec.kernels.gpu.norm import store_normed
 from specdec.kernels.gpu.pdl import wait
 
 BLOCK = 512
+THREADS = tl.constexpr(128)  # of a program
 PATIENCE = 1 << 29  # looks into the box, of about a microsecond each, before a rank counts as lost
 
 
@@ -47,7 +48,10 @@ def pair_bits(values, BLOCK: tl.constexpr):
 
 @triton.jit
 def receive(box, mask, turn, absent, lost, patience):
-    """Letters [rows, columns] at `box` once all of this turn have come, or after `patience` looks, which `absent` then says."""
+    """Letters [rows, columns] at `box` once all of this turn have come, or after `patience` looks, which `absent` then says.
+
+    As many letters as threads, or more: where several threads had one, some could see the old while others see the new.
+    """
     nothing = turn.to(tl.int64) << 32
     found = tl.load(box, mask, other=nothing, volatile=True)
     looks = tl.load(absent, volatile=True) * patience  # after one loss nothing is worth waiting for
@@ -96,6 +100,7 @@ def exchange_norm_kernel(
         there = address.to(tl.pointer_type(tl.int64))
         tl.store(there + ((half + rank) * ROOM + token) * WIDTH + places, letter, inside)
     h = tl.load(x + at, mask, other=0.0)
+    tl.static_assert(triton.next_power_of_2(WORLD) * STEP >= THREADS)
     ranks = tl.arange(0, triton.next_power_of_2(WORLD))
     own = box + ((half + ranks[:, None]) * ROOM + token) * WIDTH + places[None, :]
     found = values_of(receive(own, inside[None, :] & (ranks[:, None] < WORLD), turn, absent, lost, patience))
@@ -127,7 +132,8 @@ def over_programs(table, part, total, largest, turn, absent, lost, patience, COU
     """The sum of `total` and the largest `largest` of a token's programs, which tell each other by letters [COUNT, 2]."""
     tl.store(table + part * 2, letters(total, turn))
     tl.store(table + part * 2 + 1, letters(largest, turn))
-    programs, kind = tl.arange(0, triton.next_power_of_2(COUNT))[:, None], tl.arange(0, 2)[None, :]
+    ROWS: tl.constexpr = max(triton.next_power_of_2(COUNT), THREADS // 2)
+    programs, kind = tl.arange(0, ROWS)[:, None], tl.arange(0, 2)[None, :]
     found = receive(table + programs * 2 + kind, (programs < COUNT) & (kind < 2), turn, absent, lost, patience)
     values = values_of(found)
     totals, maxima = tl.where(kind == 0, values, 0.0), tl.where(kind == 1, values, 0.0)
@@ -188,5 +194,5 @@ class Mailbox:
             x, pending, norm, plain, squares, quantised, scale, input_scale,
             self.boxes, self.box, self.parts, self.turns, self.absent, self.lost, self.rank, self.patience, m, eps,
             K=k, P=len(pending), PLAIN=mode, QUANTISE=quantise,
-            WORLD=len(self.boxes), ROOM=self.tokens, HALF=self.half, BLOCK=self.block, num_warps=4, **options,
+            WORLD=len(self.boxes), ROOM=self.tokens, HALF=self.half, BLOCK=self.block, num_warps=THREADS.value // 32, **options,
         )  # fmt: skip

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from specdec.kernels import reference
+from specdec.kernels.gpu import long
 from specdec.kernels.gpu.attention import attention
 from specdec.kernels.gpu.heads import compute_dtype as heads_dtype
 from specdec.kernels.gpu.heads import places, rotate
@@ -29,7 +29,6 @@ from specdec.kernels.gpu.weights import (
     row_scale,
     shape,
     static_scale,
-    vendor_product,
 )
 from specdec.kernels.reference import FP8, AttentionRule, Experts, Fp8Weight, Weight
 from specdec.types import ModelInputs
@@ -70,8 +69,6 @@ class Ops:
 
     def embed(self, tokens: Tensor, table: Tensor, norm: Tensor) -> Tensor:
         """Rows of the table [V, K] as the stream f32 [M, K]; tokens int64 [M]. norm: what the stream meets first."""
-        if len(tokens) > TOKENS_EXACT:
-            return table[tokens].float()
         self.ready = embed(tokens, table, norm, self.launch())
         return self.ready.stream
 
@@ -108,7 +105,7 @@ class Ops:
     def norm_linear(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:
         """RMSNorm, then a product: f32 [M, K] -> f32 [M, N]. x and norm as the reference's `normed` takes them."""
         if x.shape[-2] > TOKENS_EXACT:
-            return self._long(x, norm, eps, weight)
+            return long.product(weight, *self._inputs(x, norm, eps, weight))
         out = torch.empty((x.shape[-2], shape(weight)[0]), device=x.device)
         self._norm_product(x, norm, eps, weight, "store", (out,))
         return out
@@ -117,9 +114,7 @@ class Ops:
         """RMSNorm, gate and up products, silu(gate) * up: f32 [M, K] -> [M, N/2], in e4m3 for an `into` of static scale."""
         dtype = reference.compute_dtype(weight)
         if len(x) > TOKENS_EXACT:
-            gate, up = self._long(x, norm, eps, weight).unflatten(-1, (-1, 2)).unbind(-1)
-            product: Tensor = F.silu(gate) * up
-            return product.to(dtype)
+            return long.swiglu(long.product(weight, *self._inputs(x, norm, eps, weight)), dtype)
         scale, (n, _), m = static_scale(into), shape(weight), len(x)
         out = torch.empty((m, n // 2), dtype=dtype if scale is None else FP8, device=x.device)
         largest = out
@@ -151,9 +146,11 @@ class Ops:
             self._norm_product(x, norm, eps, weight, "store", (parts,), kind="qkv")
             rotate(self, parts, where, rule, heads, groups)
         exact, rounded = m <= TOKENS_EXACT, isinstance(weight, Fp8Weight)
+        if not exact and long.is_plain(queries, inputs, rule.chunk):
+            return long.attention(queries, keys, values, inputs, rule.chunk)
         scale = static_scale(into) if exact else None
         largest = torch.empty((m, heads), device=x.device) if rounded and exact and scale is None else None
-        out = attention(self, queries, keys, values, inputs, rule.chunk, largest, scale, exact)
+        out = attention(self, queries, keys, values, inputs, rule.chunk, largest, scale)
         if largest is not None:
             self.largest = out, largest
         return out
@@ -163,7 +160,7 @@ class Ops:
         self.ready = None
         if len(x) > TOKENS_EXACT:
             self.flush(residual)
-            residual += vendor_product(x, weight)
+            self.leave(residual, long.product(weight, x)[None])
             return
         (n, k), m = shape(weight), len(x)
         if isinstance(weight, Tensor) and k <= BURST:
@@ -192,24 +189,30 @@ class Ops:
         self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight, use: str, extra: tuple[Any, ...],
         heads: tuple[int, int, int, bool] = NO_HEADS, kind: str = "norm",
     ) -> None:  # fmt: skip
-        (_, k), dtype, scale = shape(weight), reference.compute_dtype(weight), None
+        k, dtype = shape(weight)[1], reference.compute_dtype(weight)
         burst = weight if isinstance(weight, Tensor) and k <= BURST else None
-        if norm is None:
-            h = x.to(dtype)
-        elif burst is not None and norm.dim() == 1:
+        if burst is not None and norm is not None and norm.dim() == 1:
             ready = self.ready
             if ready is None or ready.stream is not x or ready.norm is not norm:
                 ready = self.ready = self._prepared(x, norm, eps, dtype)
-            h, scale = ready.value, ready.squares
-        elif isinstance(weight, Fp8Weight):
-            assert norm.dim() == 1, "a token has one scale"
-            _, h, scale = self._normed(x, norm, eps, weight.input_scale)
-        else:
-            h = self._normed(x, norm, eps, None, plain=dtype, quantise=False)[0].view(-1, k)
+            self._burst(ready.value, ready.squares, burst, eps, use, extra, heads)
+            return
+        h, scale = self._inputs(x, norm, eps, weight)
         if burst is not None:
             self._burst(h, scale, burst, eps, use, extra, heads)
         else:
             self._linear(h, scale, weight, self.tile(kind, weight), use, extra)
+
+    def _inputs(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> tuple[Tensor, Tensor | None]:
+        """The normalised stream as a product takes it; for FP8 weights in e4m3, with its scales."""
+        if norm is None:
+            return x.to(reference.compute_dtype(weight)), None
+        if isinstance(weight, Fp8Weight):
+            assert norm.dim() == 1, "a token has one scale"
+            _, h, scale = self._normed(x, norm, eps, weight.input_scale)
+            return h, scale
+        h = self._normed(x, norm, eps, None, plain=reference.compute_dtype(weight), quantise=False)[0]
+        return h.view(-1, shape(weight)[1]), None
 
     def _prepared(self, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype) -> Ready:
         ready = Ready(x, norm, torch.empty_like(x, dtype=dtype), x.new_empty((len(x), self.norm_parts(x))))
@@ -284,10 +287,6 @@ class Ops:
             N=n, K=k, P=count, S=t.splits, INPUT=mode, USE=use, TMA=matrix is not None,
             BN=t.BN, BK=t.BK, BM=TOKENS, **self.launch(t),
         )  # fmt: skip
-
-    def _long(self, x: Tensor, norm: Tensor | None, eps: float, weight: Weight) -> Tensor:
-        self.flush(x)
-        return vendor_product(reference.normed(x, norm, eps, reference.compute_dtype(weight)), weight)
 
     def add_moe(self, x: Tensor, norm: Tensor, eps: float, experts: Experts) -> None:
         """x f32 [M, H] += the mixture of experts of RMSNorm(x); it stays pending."""

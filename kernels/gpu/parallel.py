@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from specdec.kernels.gpu import long
 from specdec.kernels.gpu.exchange import Mailbox
 from specdec.kernels.gpu.ops import BURST, TOKENS_EXACT, Ops
-from specdec.kernels.gpu.weights import shape, vendor_product
+from specdec.kernels.gpu.weights import shape
 from specdec.kernels.reference import Weight
 
 
@@ -35,7 +36,7 @@ class ParallelOps(Ops):
         self.flush(residual)
         (n, k), m = shape(weight), len(x)
         if m > TOKENS_EXACT:
-            self.leave(residual, vendor_product(x, weight)[None])
+            self.leave(residual, long.product(weight, x)[None])
             return
         burst = isinstance(weight, Tensor) and k <= BURST
         t = self.tile("burst" if burst else "add", weight)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from specdec.kernels.reference import FP8, Fp8Weight, Weight, quantize
+from specdec.kernels.reference import FP8, Fp8Weight, Weight
 
-__all__ = ["data", "descriptor", "interleave", "pair_heads", "row_scale", "shape", "static_scale", "vendor_product"]
+__all__ = ["data", "descriptor", "interleave", "pair_heads", "row_scale", "shape", "static_scale"]
 
 
 def interleave(weight: Weight) -> Weight:
@@ -65,13 +64,3 @@ def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor | No
     if matrix.shape[-1] * matrix.element_size() % 16 or matrix.data_ptr() % 16 or not matrix.is_contiguous():
         return None
     return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), [rows, columns])
-
-
-def vendor_product(x: Tensor, weight: Weight) -> Tensor:
-    """x [M, K] @ weight.T in f32 for many tokens."""
-    if not isinstance(weight, Fp8Weight):
-        return F.linear(x, weight).float()
-    rounded, scale = quantize(x, weight.input_scale)
-    return torch._scaled_mm(
-        rounded, weight.data.t(), scale[:, None], weight.scale[None], out_dtype=torch.bfloat16
-    ).float()

@@ -48,12 +48,12 @@ def shared_vocabulary(model: Any, target: Any) -> SharedVocabulary | None:
             f"the draft model has {sizes[0]} token ids, the target {sizes[1]}; choose a draft model of the target's family, or "
             "put its tokenizer into the folder of each that has none, and tokens are matched by their spelling"
         )
-    drafted, known = (spellings(vocab, size) for vocab, size in zip(vocabs, sizes, strict=True))
-    draft_id, target_id = ({spelling: i for i, spelling in each.items()} for each in (drafted, known))
+    names = [spellings(vocab, size) for vocab, size in zip(vocabs, sizes, strict=True)]
+    draft_id, target_id = ({spelling: i for i, spelling in each.items()} for each in names)
     shared = sorted(draft_id.keys() & target_id.keys(), key=target_id.__getitem__)
-    _report(len(shared), len(target_id))
+    _check_share(len(shared), len(target_id))
     read_as = [0] * sizes[1]
-    for i, spelling in known.items():
+    for i, spelling in names[1].items():
         ends = (spelling[first:] for first in range(len(spelling)))
         read_as[i] = next((draft_id[end] for end in ends if end in draft_id), 0)
     ids = [target_id[spelling] for spelling in shared], [draft_id[spelling] for spelling in shared], read_as
@@ -79,7 +79,7 @@ def _spell(name: str, byte_level: bool) -> bytes:
     return bytes([int(name[1:-1], 16)]) if _BYTE.fullmatch(name) else name.replace("▁", " ").encode()
 
 
-def _report(shared: int, total: int) -> None:
+def _check_share(shared: int, total: int) -> None:
     """ValueError where too little is shared to draft from, a warning where not everything is."""
     if shared <= MIN_SHARE * total:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from specdec.kernels.reference import rotate
 from specdec.nn import ModelConfig
@@ -86,7 +87,8 @@ def _fused_chain_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[T
     own = torch.eye(width, dtype=torch.bool, device=q.device)
     mask = torch.cat([torch.ones_like(own).tril(), *[own] * (len(keys) - 1)], 1)  # [T, J * T]
     k, v = (torch.cat(list(x), 1).transpose(1, 2).repeat_interleave(share, 1).to(q.dtype) for x in (keys, values))
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN would plan anew for every length
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
 
 
 class MLP(nn.Module):
