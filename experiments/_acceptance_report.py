@@ -135,7 +135,9 @@ def at_drafts(wanted: np.ndarray, drafts: np.ndarray, tokens: np.ndarray) -> np.
 
 
 def _shown(value: float, low: float, high: float, digits: str) -> str:
-    return "–" if np.isnan(value) else f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
+    if np.isnan(value):
+        return "–"
+    return f"{value:{digits}}" + ("" if np.isnan(low) else f" [{low:{digits}}, {high:{digits}}]")
 
 
 def _verifier(row: Row) -> str:

@@ -77,7 +77,7 @@ class ShardedTarget(Llama):
     """One rank's part of a preset, whose prompts are taken as read: their K/V are noise."""
 
     def __init__(self, config: ModelConfig, shard: str, device: str) -> None:
-        self._build(config, None, "bfloat16", device, "auto", 256, None, quantized=True, shard=parse_shard(shard))
+        self._build(config, None, "bfloat16", device, "auto", None, None, quantized=True, shard=parse_shard(shard))
         for experts in self.mixtures:
             experts.forced = torch.zeros(MOST, dtype=torch.int32, device=self.device)
 

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _acceptance_report import GREEDY, frame, resampled, sums, with_interval
 from _bench import table
 from _command import run_benchmark
 from _gpu import Job, parse_options, spread
 from _prompts import DatasetOptions
 from _trainers import Plan, Trained, heldout, train_ours, train_theirs
-from acceptance import GREEDY, Benchmark, Method, difference, frame, lengths
+from acceptance import Benchmark, Method
 
 from specdec import metrics
 from specdec.nn.eagle import SWITCHES
@@ -115,7 +116,7 @@ class Comparison(Benchmark):
         made = train(Path(self.options.heads) / name.replace(" ", "-"))
         words = "drafter=eagle3", f"drafter.checkpoint={made.folder}", f"drafter.num_draft_tokens={self.options.chain}"
         return {
-            **self._measure(Method(name, words), GREEDY, 0.0, 1), "losses": made.losses, "parameters": made.parameters,
+            **self._measure(Method(name, words), GREEDY), "losses": made.losses, "parameters": made.parameters,
             "recipe": made.recipe, "step_seconds": spread(made.seconds[min(WARM, len(made.seconds) - 1) :]),
             "all_seconds": sum(made.seconds), "heldout": heldout(self._plan(), made.folder),
             "package": version() if name.startswith("speculators") else None,
@@ -181,13 +182,14 @@ def render(document: dict[str, Any]) -> str:
 def _acceptance(rows: Sequence[dict[str, Any]]) -> str:
     trace = frame(rows, GREEDY)
     tau, tasks = metrics.acceptance_length(trace), list(dict.fromkeys(trace["task"]))
-    found, lines = lengths(trace), []
+    found, lines = sums(trace), []
     first = rows[0]["drafter"], rows[0]["verifier"]
     for row in rows:
         method = row["drafter"], row["verifier"]
         cells = [tau.loc[(GREEDY, *method, task)] for task in (metrics.ALL, *tasks)]
         whole = f"{cells[0]['tau']:.3f} [{cells[0]['tau_low']:.3f}, {cells[0]['tau_high']:.3f}]"
-        mean, low, high = difference(found, method, first)
+        tokens = resampled(found, [method, first])[0]
+        mean, low, high = with_interval(tokens[:, 0] - tokens[:, 1])
         more = "–" if row is rows[0] else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append([row["drafter"], whole, more, *(f"{cell['tau']:.2f}" for cell in cells[1:])])
     return table(["head", metrics.ALL, "more", *tasks], lines)

@@ -18,3 +18,8 @@ def __getattr__(name: str) -> Any:
 
         return load
     raise AttributeError(f"module 'specdec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With `load`, also before it is first asked for."""
+    return sorted({*globals(), *__all__})

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,8 +61,15 @@ TAKEN = {*metrics.REQUIRED, "tokens", "category", "language", "template", "turns
 
 
 def load(runs: str | Path | Sequence[str | Path]) -> pd.DataFrame:
-    """The traces of one or more run folders in one frame; their `run` keeps them apart, so names must differ."""
+    """The traces of one or more run folders in one frame; their `run` keeps them apart, so names must differ.
+
+    ValueError: no folder, one without a trace, or a sweep's.
+    """
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    if not folders:
+        raise ValueError("no run folder was given: name at least one, such as runs/NAME")
+    if sweeps := [str(folder) for folder in folders if (Path(folder) / CELLS).exists()]:
+        raise ValueError(f"{sweeps[0]} is the folder of a sweep: analysis.load_sweep reads its cells")
     frames = [load_trace(folder) for folder in folders]
     names = [str(frame["run"].iloc[0]) for frame in frames]
     if len(set(names)) < len(names):
@@ -129,7 +137,8 @@ def best_drafter(table: pd.DataFrame, baseline: str = BASELINE, lossless_only: b
     """The fastest method per run and task of a summary, the baseline included, and how sure that is.
 
     beats_plain: its interval lies above 1; beats_runner_up: its interval lies above the next drafter's. Both err on the
-    side of doubt. A lossy method changes the output, so it competes only when asked to.
+    side of doubt, and are pd.NA where an interval is missing. A lossy method competes only when asked to, as it changes
+    the output.
     """
     table = table[table["speedup"].notna() & (table["lossless"] | (not lossless_only))]
     table = table.assign(method=method_labels(table))
@@ -141,14 +150,20 @@ def best_drafter(table: pd.DataFrame, baseline: str = BASELINE, lossless_only: b
         rivals = rivals[rivals["drafter"] != baseline]
         row = {"run": run, "task": task, "drafter": best["method"], "turns": best["turns"]}
         row |= {name: best[name] for name in ("speedup", "speedup_low", "speedup_high")}
-        row |= {"beats_plain": bool(best["speedup_low"] > 1), "runner_up": None, "runner_up_speedup": np.nan}
-        row["beats_runner_up"] = rivals.empty
+        row["beats_plain"] = best["drafter"] != baseline and _above(best["speedup_low"], 1.0)
+        row |= {"runner_up": None, "runner_up_speedup": np.nan, "beats_runner_up": True}
         if len(rivals):
             second = rivals.iloc[0]
             row |= {"runner_up": second["method"], "runner_up_speedup": second["speedup"]}
-            row["beats_runner_up"] = bool(best["speedup_low"] > second["speedup_high"])
+            row["beats_runner_up"] = _above(best["speedup_low"], second["speedup_high"])
         rows.append(row)
-    return pd.DataFrame(rows)
+    sure = ["beats_plain", "beats_runner_up"]
+    return pd.DataFrame(rows).astype({name: "boolean" for name in sure if rows})
+
+
+def _above(low: float, other: float) -> Any:
+    """Whether `low` is the larger one; pd.NA where either is not known."""
+    return pd.NA if np.isnan(low) or np.isnan(other) else bool(low > other)
 
 
 def _slope(counts: pd.Series, seconds: pd.Series) -> float:
@@ -178,6 +193,8 @@ def expected_speedup(frame: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFr
     if shared := shared_runs(frame):
         raise ValueError(f"runs {shared} shared their machine, so their times say nothing; measure one run at a time")
     long = steps(frame)
+    if long.empty:
+        raise ValueError("every answer ended with its prefill, so no step was measured; raise max_new_tokens")
     parts = []
     for _, run in long.groupby("run", sort=False):
         per_node = _slope(run["num_nodes"], run["verify_seconds"])

@@ -176,7 +176,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
             return train(cfg, Console(), output_folder(), VOLATILE)
         return run(cfg, Console())
     except (ValueError, OSError, RunError, RankError, OmegaConfBaseException) as error:
-        if output_folder().is_dir() and not any(output_folder().iterdir()):
+        if output_folder() != Path() and output_folder().is_dir() and not any(output_folder().iterdir()):
             output_folder().rmdir()
         if _in_sweep() and _ranks() is None:  # the others of several ranks would not know which cell comes next
             _say(f"{output_folder().name}: {one_sentence(error)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -14,35 +15,72 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from specdec.decoding import SamplingParams, SpeculativeDecoder, check_pair, self_test
+from specdec.decoding import SamplingParams, SpeculativeDecoder, check_pair, check_seed, check_whole, self_test
 from specdec.drafter import Drafter
 from specdec.target import Target
 from specdec.verifier import Verifier
 
 BASELINE = "none"
+OF_A_RUN = ("baseline", "dataset", "passes", "run_dir", "sweep", "sweep_dir", "tracking")  # what no decoder heeds
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # annotation -> what it takes, in Python and in words
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text (a number in quotes is one)"),
+    "None": ((type(None),), "null"),
+}
 
 
 def one_sentence(error: BaseException) -> str:
     """An error as one line; of a config that does not compose, what is unknown and what there is instead."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "training":  # it follows the drafter
+            return f"drafter={name} is not trained; those that are: {', '.join(error.options)}"
         return f"{group}={name} does not exist; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        hint = "" if "=" in error.override else " (the one word alone is `train`, which comes first)"
-        if error.override.startswith("drafters="):
-            hint = """ (settings of one drafter stand in quotes: 'drafters=[ngram,"ngram num_draft_tokens=8"]')"""
-        return f"{error.override!r} is not KEY=VALUE as Hydra reads it{hint}: {error.message.splitlines()[0]}"
+        return f"{error.override!r} is not KEY=VALUE: {_remedy(error.override)}"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key and cause.parent_node is not None:
         parent, _, name = cause.full_key.rpartition(".")
         known = ", ".join(str(key) for key in cause.parent_node if key not in ("_target_", "hydra"))
-        return f"{cause.full_key} is not a key of the config; {parent or 'it'} has {known}"
+        return (
+            f"{cause.full_key} is not a key of the config; {parent or 'it'} has {known or 'no keys, as it is chosen'}"
+        )
+    if found := re.match(r"Could not override '(.*?)'\.\s(?:No match|Did you mean to override (.*?)\?)", str(error)):
+        return _no_choice(found[1], found[2])
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def _remedy(override: str) -> str:
+    """What may be wrong with an argument that Hydra's grammar does not take."""
+    if "=" not in override:
+        return "the one word alone is `train`, which comes first; `specdec --help` shows the keys"
+    if override.startswith("drafters="):
+        return """settings of one drafter stand in quotes, as in 'drafters=[ngram,"ngram num_draft_tokens=8"]'"""
+    return """close every bracket and quote, and put a text with brackets, commas or = in quotes, as in 'KEY="a, b"'"""
+
+
+def _no_choice(given: str, meant: str | None) -> str:
+    """A sentence for a GROUP or GROUP@KEY that the config does not choose; `meant` is where it chooses one of that group."""
+    if meant:
+        return f"{given} is no choice of this config, but {meant} is: use {meant}=NAME"
+    group, _, key = given.partition("@")
+    if key:
+        parent, _, name = key.rpartition(".")
+        return (
+            f"{given} is no choice of this config: {parent or 'it'}, as it is chosen, has no {name}; leave {group} out"
+        )
+    return f"{given} is no choice of this config; a drafter that has a {given} takes {given}@drafter.{given}=NAME"
 
 
 def build(node: Any, group: str) -> Any:
     """Instantiate one config group; a user's mistake in it becomes a ValueError, any other error is passed on."""
     try:
+        if isinstance(node, DictConfig):
+            _check_types(node, group)
         return instantiate(node)
     except (InstantiationException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
@@ -70,6 +108,32 @@ def _missing(error: OmegaConfBaseException, group: str) -> str:
     return f"{key}: {str(error).splitlines()[0]}"
 
 
+def _check_types(node: DictConfig, name: str) -> None:
+    """ValueError for a value that the constructor's annotation, made of KINDS, does not take; other annotations are let be."""
+    annotations = _annotations(node["_target_"]) if "_target_" in node else {}
+    for key in map(str, node):
+        if OmegaConf.is_missing(node, key):
+            continue
+        value, kinds = node[key], str(annotations.get(key, "")).split(" | ")
+        if isinstance(value, DictConfig):
+            _check_types(value, f"{name}.{key}")
+        elif all(kind in KINDS for kind in kinds) and not any(type(value) in KINDS[kind][0] for kind in kinds):
+            raise ValueError(f"{name}.{key}={value!r} must be {' or '.join(KINDS[kind][1] for kind in kinds)}")
+
+
+def _annotations(path: str) -> dict[str, Any]:
+    """Types of the arguments of a class, with those that it hands on to its parents, or of a function, as they are written."""
+    try:
+        made = resolve_name(path)
+    except (ImportError, AttributeError):
+        return {}  # to be said by who builds it
+    kinds = reversed(made.__mro__) if isinstance(made, type) else ()
+    found: dict[str, Any] = {}
+    for function in [vars(kind).get("__init__") for kind in kinds] or [made]:
+        found |= getattr(function, "__annotations__", {})
+    return {name: kind.__name__ if isinstance(kind, type) else kind for name, kind in found.items()}
+
+
 def build_sampling(cfg: DictConfig) -> SamplingParams:
     """The sampling group, checked."""
     values = OmegaConf.to_container(cfg.sampling, resolve=True)
@@ -82,13 +146,12 @@ def build_sampling(cfg: DictConfig) -> SamplingParams:
 
 def check_values(cfg: DictConfig) -> None:
     """ValueError for counts that are no whole numbers or too small, and for switches that are neither on nor off."""
-    for key, least in (("max_new_tokens", 1), ("batch_size", 1), ("passes", 1), ("seed", 0)):
-        value = cfg[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{key}={value} must be a whole number of at least {least}")
+    for key in ("max_new_tokens", "batch_size", "passes"):
+        check_whole(key, cfg[key], 1)
+    check_seed(cfg.seed, cfg.passes)
     for key in ("baseline", "ignore_eos", "logprobs"):
         if not isinstance(cfg.get(key, False), bool):  # training has no logprobs
-            raise ValueError(f"{key}={cfg[key]} must be true or false")
+            raise ValueError(f"{key}={cfg[key]!r} must be true or false")
 
 
 def check_keys(cfg: DictConfig, name: str = "config") -> None:
@@ -173,20 +236,36 @@ def build_methods(configs: dict[str, DictConfig], verifier: Verifier) -> dict[st
 def load(*overrides: str, config_dir: str | Path | None = None) -> SpeculativeDecoder:
     """A decoder from the same config groups as the command line: load("drafter=ngram", "target=smollm2").
 
-    config_dir: a folder with groups of your own, as --config-dir. ValueError for a user's mistake.
+    max_new_tokens, seed and ignore_eos are what its `generate` takes where it is given none. config_dir: a folder with
+    groups of your own, as --config-dir. ValueError for a user's mistake, and for keys that only a run has a use for.
     """
     extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
     cfg = compose_config([*overrides, *extra])
     check_keys(cfg)
     check_values(cfg)
+    _check_for_decoder(cfg, overrides)
     verifier: Verifier = build(cfg.verifier, "verifier")
     drafter: Drafter = build(cfg.drafter, "drafter")
     check_pair(drafter, verifier)
     sampling = build_sampling(cfg)
     target: Target = build(cfg.target, "target")
-    decoder = SpeculativeDecoder(target, drafter, verifier, sampling, cfg.batch_size, logprobs=cfg.logprobs)
+    decoder = SpeculativeDecoder(
+        target, drafter, verifier, sampling, cfg.batch_size,
+        logprobs=cfg.logprobs, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, ignore_eos=cfg.ignore_eos,
+    )  # fmt: skip
     self_test(decoder)
     return decoder
+
+
+def _check_for_decoder(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """ValueError for what a run honours and one decoder cannot."""
+    if cfg.drafters:
+        raise ValueError(f"drafters={cfg.drafters} is for a run, and load gives one decoder: use drafter=NAME")
+    for override in overrides:
+        if re.split(r"[=@.]", override.lstrip("+~"))[0] in OF_A_RUN:
+            raise ValueError(
+                f"{override} is for a run, and load gives a decoder, which has no use for it: leave it out"
+            )
 
 
 def compose_config(overrides: Sequence[str], name: str = "config") -> DictConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,8 @@ class Experiment:
         self.decoders, self.job, self.folder = decoders, job, folder
         self.first = next(iter(decoders.values()))
         rows, _ = metrics.read_rows(folder.path / "trace.jsonl")
+        self._check_questions(rows)
+        folder.write_answers((self._answer(row) for row in rows), anew=True)  # a kill may have come between both files
         self.tokens: dict[Key, list[int]] = {
             (row["drafter"], row["verifier"], row["request"], row["turn"], row["pass"]): row["tokens"] for row in rows
         }
@@ -81,6 +83,16 @@ class Experiment:
             bar.update(task, description="done")
         ranks.share(_END)
         return self.folder.finish()
+
+    def _check_questions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """ValueError where the part that was interrupted had other questions: a file may change under the same path."""
+        asked = {(i, c.question_id, turn) for i, c in enumerate(self.job.conversations) for turn in range(len(c.turns))}
+        for row in rows:
+            if (row["request"], row["question_id"], row["turn"]) not in asked:
+                raise ValueError(
+                    f"{self.folder.path} holds turn {row['turn']} of question {row['question_id']}, which is no longer the "
+                    f"dataset's question number {row['request']}: put the dataset back, or give another run_dir"
+                )
 
     def _check_lengths(self) -> None:
         """ValueError for a question that cannot fit the model, before hours are spent on those in front of it."""
@@ -133,13 +145,26 @@ class Experiment:
         for at, (i, conversation) in enumerate(todo):
             key = self._key(name, i, turn, number)
             self.tokens[key] = result.tokens[at]
-            self.folder.append(self._row(key, conversation, decoder, result, at))
+            row = self._row(key, conversation, decoder, result, at)
+            self.folder.append(row)
+            self.folder.write_answers([self._answer(row)])
 
     def _answers(self, request: int, turn: int, number: int) -> list[str]:
         """The answers that later turns stand on: the first method's."""
         source = next(iter(self.decoders))
         tokens = [self.tokens[self._key(source, request, t, number)] for t in range(turn)]
         return [str(self.first.tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens]
+
+    def _answer(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What output.jsonl says of a row of the trace."""
+        names = ("question_id", "task", "drafter", "verifier", "turn", "pass")
+        return {
+            **{name: row[name] for name in names},
+            "prompt": self.job.conversations[row["request"]].turns[row["turn"]],
+            "text": self.first.tokenizer.decode(row["tokens"], skip_special_tokens=True),
+            "finish": row["finish"],
+            "num_tokens": len(row["tokens"]),
+        }
 
     def _row(
         self, key: Key, conversation: Conversation, decoder: SpeculativeDecoder, result: GenerationResult, at: int

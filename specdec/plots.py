@@ -83,7 +83,9 @@ def plot_length(summary: pd.DataFrame, ax: Axes | None = None, baseline: str = B
 
 
 def _by_task(summary: pd.DataFrame, name: str, ax: Axes | None, baseline: str) -> Figure:
-    """Points of one summary column and their intervals, a row per task."""
+    """Points of one summary column and their intervals, a row per task. ValueError: the table is no summary."""
+    if name not in summary:
+        raise ValueError(f"this table is no summary, it lacks {name}: give what analysis.summary returns")
     tasks = list(summary["task"].unique())
     tasks = tasks[:1] if len(tasks) == 2 else tasks  # of one task, "all" would repeat it
     summary = summary[summary["task"].isin(tasks)]
@@ -146,7 +148,7 @@ def plot_steps(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None) -> 
         x = rows["num_accepted"] + (number - (len(styles) - 1) / 2) * width
         share = rows["steps"] / rows["steps"].sum()
         ax.bar(x, share, width, color=colour, label=f"{label} ({rows['steps'].sum():,} steps)")
-    ax.set_xticks(range(int(counts["num_accepted"].max()) + 1))
+    ax.set_xticks(range(long["num_accepted"].max() + 1 if len(long) else 1))
     ax.set_xlabel("drafts accepted in a step")
     ax.set_ylabel("share of steps")
     _clean(ax, "Accepted drafts per step" + ("" if task == ALL else f", {task}"), "y")
@@ -177,7 +179,7 @@ def plot_breakdown(frame: pd.DataFrame, task: str = ALL, ax: Axes | None = None)
     for row, total in enumerate(left):
         text = "" if whole[row] else f" {1 - table['verify'].iloc[row]:.0%} overhead"
         ax.text(total, row, text, va="center", fontsize=9)
-    ax.set_xlim(0, 1.45 * (left.max() or 1))
+    ax.set_xlim(0, 1.45 * (max(left, default=0) or 1))
     ax.set_yticks(y, [fill(label, LABEL) for label in table["label"]])
     ax.invert_yaxis()
     ax.set_xlabel(f"time of a decode step, in {unit_name} (overhead: all but verify)")

@@ -11,23 +11,27 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from specdec.metrics import ALL, method_labels
+from specdec.metrics import ALL, LEAST, method_labels
 
 WIDE = 110  # columns of a terminal from which on the rates stand beside the rest
 POSITIONS = 8  # acceptance rates shown; metrics.json has them all
 MISSING = "–"
 RATES = "accept rate by position"
 COLUMNS = ["turns", "accept length", "tok/s", "speed-up", "equal"]  # that every layout has
-HINT = "[ ]: 95% interval; what the columns mean stands in the run folder's table.md"
+POOLED = "all: accept length is the mean over tasks, everything else pools their requests"
+HINT = (
+    f"[ ]: 95% interval, from {LEAST} requests on; {POOLED}; what the columns mean stands in the run folder's table.md"
+)
 LEGEND = {
     "turns": "of users that were answered; a conversation has one or more.",
     "accept length": "tokens per target forward, the recovered or bonus token included; the prefill's token and steps "
     "cut short left out; all = mean over tasks.",
-    RATES: "share accepted at position 1, 2, ... of the drafts whose predecessors were accepted.",
+    RATES: "share accepted at position 1, 2, ... of the drafts whose predecessors were accepted; all = all drafts pooled.",
     "tok/s": "decode tokens per second of decode time, prefill apart; none where runs shared the machine.",
     "speed-up": "tok/s over that of no drafting (none) on the same requests; all = all requests pooled.",
     "equal": "requests whose tokens equal those of no drafting.",
-    "[ ]": "95% bootstrap interval over requests; lossy: this acceptance rule changes the output's law.",
+    "[ ]": f"95% bootstrap interval over requests, none below {LEAST} of them; lossy: this acceptance rule changes the "
+    "output's law.",
 }
 QUALITY = {  # shown where log-probabilities were kept
     "nll": "mean negative log-probability, in nats, of an emitted token under the target at temperature 1; lower is "
@@ -120,7 +124,7 @@ def tables(summary: pd.DataFrame, width: int = 120) -> list[Table]:
                 rates.add_row(f"  {row['task']}", _rates(row), style=style)
         main.add_section()
         rates.add_section()
-    shown = [main] if wide else [main, rates]
+    shown = [main] if wide or not rates.row_count else [main, rates]
     return [*shown, _quality_table(summary)] if "nll" in summary else shown
 
 
@@ -141,10 +145,12 @@ def _legend(summary: pd.DataFrame) -> dict[str, str]:
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
-    """The tables, fitted to the console's width, and where it stands what the columns mean."""
+    """The tables, fitted to the console's width, what the run folder notes of the speeds, and what the columns mean."""
     console = console or Console()
     for table in tables(summary, console.width):
         console.print(table)
+    if note := summary.attrs.get("note"):
+        console.print(Text(note, style="yellow"))
     console.print(Text(HINT, style="dim"))
 
 

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 TABLE, RESULTS = "table.md", "results.csv"
 NAME = 6  # characters of a name's line in a narrow terminal
-NOTE = "Over all tasks, with 95% intervals over requests; every cell's own table.md says what the columns mean."
+NOTE = (
+    "Over all tasks (accept length: their mean; everything else: their requests pooled), with 95% intervals over requests; "
+    "every cell's own table.md says what the columns mean."
+)
+BEST, FASTEST = "best", "fastest"
+DOUBT = "fastest: not beyond doubt, as its interval does not lie above 1 and above every other lossless row's."
 
 
 class Cells(Callback):  # type: ignore[misc]
@@ -83,49 +88,64 @@ def end_sweep(console: Console) -> None:
     missing = cells.loc[~cells["done"], "run"].tolist()
     sentence = f"{len(missing)} of {len(cells)} cells are not done: {', '.join(missing)}."
     if len(missing) < len(cells):
-        results = _results(folder, cells)
+        results, busy = _results(folder, cells)
         results.to_csv(folder / RESULTS, index=False)
         headers, rows = _as_text(results, cells.columns[3:].tolist())
+        notes = [DOUBT] if any(row[-1] == FASTEST for row in rows) else []
+        notes += [busy] if busy else []
         lines = [f"# {folder.resolve().name}", "", f"`{command(sys.argv)}`", "", *_markdown(headers, rows), "", NOTE]
-        (folder / TABLE).write_text("\n".join([*lines, *([sentence] if missing else []), ""]))
+        (folder / TABLE).write_text("\n".join([*lines, *notes, *([sentence] if missing else []), ""]))
         console.print(_table(headers, rows, console.width), crop=False)
+        for note in notes:
+            console.print(Text(note))
         console.print(Text(f"sweep: {folder / TABLE}, {folder / RESULTS}"), soft_wrap=True)
     if missing:
         console.print(Text(sentence), soft_wrap=True)
 
 
-def _results(folder: Path, cells: pd.DataFrame) -> pd.DataFrame:
-    """What the finished cells measured over all tasks, a row per cell and drafter, their settings in front."""
+def _results(folder: Path, cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """What the finished cells measured over all tasks, a row per cell and drafter, their settings in front; a busy note."""
     import pandas as pd
 
     from specdec.metrics import ALL
+    from specdec.tracking.environment import busy_note
 
-    rows = []
+    rows, environments = [], []
     for cell in cells[cells["done"]].to_dict("records"):
-        summary = json.loads((folder / cell.pop("cell") / "metrics.json").read_text())["summary"]
-        for row in summary:
+        measured = json.loads((folder / cell.pop("cell") / "metrics.json").read_text())
+        environments.append(measured["environment"])
+        for row in measured["summary"]:
             if row["task"] == ALL:
-                measured = {name: math.nan if value is None else value for name, value in row.items()}
-                rows.append({**cell, **measured, "run": cell["run"]})
-    return pd.DataFrame(rows).drop(columns=["done", "task"])
+                numbers = {name: math.nan if value is None else value for name, value in row.items()}
+                rows.append({**cell, **numbers, "run": cell["run"]})
+    return pd.DataFrame(rows).drop(columns=["done", "task"]), busy_note(*environments)
 
 
 def _as_text(results: pd.DataFrame, settings: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: settings, drafter, what `report` shows of a row, and a mark at the fastest lossless one."""
+    """Headers and rows: settings, drafter, what `report` shows of a row, and BEST or FASTEST at the fastest lossless one."""
     from specdec import metrics, report
 
     drafted = results[results["drafter"] != metrics.BASELINE]
     table = drafted if len(drafted) else results
     labels = metrics.method_labels(table.assign(run=""))
-    fastest = table.loc[table["lossless"].astype(bool), "speedup"].max()
     quality = [*report.QUALITY] if "nll" in table else []
     headers = [*settings, "drafter", *report.COLUMNS[1:], *quality, ""]
     rows = []
-    for label, (_, row) in zip(labels, table.iterrows(), strict=True):
-        best = "best" if len(table) > 1 and row["speedup"] == fastest else ""
+    for label, mark, (_, row) in zip(labels, _marks(table, metrics.BASELINE), table.iterrows(), strict=True):
         values = report.values(row)[1:] + (report.quality(row) if quality else [])
-        rows.append([*(str(row[name]) for name in settings), label, *values, best])
+        rows.append([*(str(row[name]) for name in settings), label, *values, mark])
     return headers, rows
+
+
+def _marks(table: pd.DataFrame, baseline: str) -> list[str]:
+    """Of several rows the fastest lossless one is BEST where its interval leaves no doubt, else FASTEST."""
+    ranked = table[table["lossless"].astype(bool) & table["speedup"].notna() & (table["drafter"] != baseline)]
+    ranked = ranked.sort_values("speedup", ascending=False)
+    marks = dict.fromkeys(table.index, "")
+    if len(table) > 1 and len(ranked):
+        low, others = ranked["speedup_low"].iloc[0], ranked["speedup_high"].iloc[1:]
+        marks[ranked.index[0]] = BEST if low > 1 and others.lt(low).all() else FASTEST  # NaN: no interval, so in doubt
+    return list(marks.values())
 
 
 def _names(headers: list[str]) -> list[str]:
@@ -144,7 +164,7 @@ def _table(headers: list[str], rows: list[list[str]], width: int) -> Table:
         kind: Any = {"overflow": "fold"} if header in names else {"no_wrap": True, "justify": "right"}
         table.add_column(header.replace("_", " "), **kind)
     for row in rows:
-        table.add_row(*map(Text, row), style="bold" if row[-1] else "")
+        table.add_row(*map(Text, row), style="bold" if row[-1] == BEST else "")
     return table
 
 

@@ -22,6 +22,7 @@ LEFT = [  # by a run that is done
     "config.yaml",
     "environment.json",
     "metrics.json",
+    "output.jsonl",
     "results.png",
     "table.md",
     "trace.jsonl",

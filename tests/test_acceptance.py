@@ -155,9 +155,9 @@ def test_an_adaptive_chain_is_held_against_fixed_ones_of_as_many_drafts() -> Non
 
 def test_a_lossy_text_is_scored_beside_the_plain_one() -> None:
     rows = [
-        row("none", [[0, 0]] * 2, logprobs=[-1.0, -1.0, -1.0]),
-        row("eagle3", [[1]] * 2, "typical", logprobs=[-2.0, -1.0]),
-        row("eagle3", [[1]] * 2),
+        row("none", [[0, 0]] * 6, logprobs=[-1.0, -1.0, -1.0]),
+        row("eagle3", [[1]] * 6, "typical", logprobs=[-2.0, -1.0]),
+        row("eagle3", [[1]] * 6),
     ]
     text = report._lossy(rows)
     assert "| T = 0 | none | 1.000 [1.000, 1.000] | – |" in text

@@ -38,11 +38,20 @@ def test_best_drafter_names_the_winner_and_its_margin(frame: pd.DataFrame) -> No
 
 def test_no_drafting_wins_where_drafts_cost_more_than_they_give(tmp_path: Path) -> None:
     slow = {"step_seconds": [1.0] * 2, "propose_seconds": [0.9] * 2}
-    trace = [one for r in range(3) for one in (row("none", r, [0] * 3, 0), row("d", r, [1, 0], 1, **slow))]
+    trace = [one for r in range(6) for one in (row("none", r, [0] * 3, 0), row("d", r, [1, 0], 1, **slow))]
     best = analysis.best_drafter(analysis.summary(analysis.load(write_trace(tmp_path, trace))))
     assert best["drafter"].tolist() == ["none", "none"]
-    assert not best["beats_plain"].any()
-    assert best["beats_runner_up"].all()
+    assert best["beats_plain"].tolist() == [False, False]
+    assert best["beats_runner_up"].tolist() == [True, True]
+
+
+def test_what_no_interval_says_is_unknown(tmp_path: Path) -> None:
+    trace = [row(name, r, [2] * 3, 2 * (name != "none")) for r in range(5) for name in ("none", "d", "e")]
+    for one in trace:
+        one["num_accepted"], one["num_emitted"] = ([0] * 3, [1] * 3) if one["drafter"] == "none" else ([2] * 3, [3] * 3)
+    best = analysis.best_drafter(analysis.summary(analysis.load(write_trace(tmp_path, trace))))
+    assert best["drafter"].tolist() == ["d", "d"]
+    assert best[["beats_plain", "beats_runner_up"]].isna().all(axis=None)
 
 
 def test_a_lossy_method_competes_only_when_asked(frame: pd.DataFrame) -> None:
@@ -93,6 +102,35 @@ def test_runs_stay_apart(run: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="repeat"):
         analysis.load([run, run])
+
+
+def test_folders_that_are_no_run_are_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run folder was given"):
+        analysis.load([])
+    with pytest.raises(ValueError, match=r"there is no .*name a run folder"):
+        analysis.load(tmp_path / "none")
+    (tmp_path / analysis.CELLS).touch()
+    with pytest.raises(ValueError, match=r"is the folder of a sweep: analysis\.load_sweep"):
+        analysis.load([run, tmp_path])
+
+
+def test_a_table_of_the_wrong_kind_is_named(frame: pd.DataFrame) -> None:
+    for plot in (analysis.plot_acceptance, analysis.plot_steps, analysis.plot_breakdown):
+        with pytest.raises(ValueError, match="no trace"):
+            plot(analysis.summary(frame))
+    for plot in (analysis.plot_speedup, analysis.plot_length):
+        with pytest.raises(ValueError, match="no summary"):
+            plot(frame)
+
+
+def test_answers_that_end_at_their_first_token_are_drawn(tmp_path: Path) -> None:
+    """No decode step was made, so there is nothing to show; the figures say so by being empty."""
+    frame = analysis.load(write_trace(tmp_path, [row(name, 0, [], 2) for name in ("none", "ngram")]))
+    for plot in (analysis.plot_acceptance, analysis.plot_steps, analysis.plot_breakdown):
+        plot(frame).draw_without_rendering()
+    assert analysis.picture(tmp_path).exists()
+    with pytest.raises(ValueError, match="no step was measured; raise max_new_tokens"):
+        analysis.expected_speedup(frame)
 
 
 def test_figures_draw(run: Path, frame: pd.DataFrame, tmp_path: Path) -> None:

@@ -113,13 +113,25 @@ def test_the_version_is_our_own(specdec: CommandLine) -> None:
         (["+structure=dynamic"], ["structure is not a key of the config"]),
         (["+drafter.typo=3"], ["unexpected keyword argument 'typo'"]),
         (["drafters=[ngram"], ["'drafters=[ngram' is not KEY=VALUE"]),
-        (["trian"], ["'trian' is not KEY=VALUE", "the one word alone is `train`"]),
+        (["dataset.tasks=[qa"], ["'dataset.tasks=[qa' is not KEY=VALUE: close every bracket and quote"]),
+        (["trian"], ["'trian' is not KEY=VALUE: the one word alone is `train`"]),
         (["drafter=ngram,suffix"], ["add --multirun"]),
+        (
+            ["tracking.mode=offline"],
+            ["tracking.mode is not a key of the config; tracking has no keys, as it is chosen"],
+        ),
+        (["structure=dynamic"], ["structure is no choice of this config; ", "structure@drafter.structure=NAME"]),
+        (["structure=dynamic", "drafter=layer_skip"], ["but structure@drafter.structure is: use"]),
+        (["structure@drafter.structure=dynamic"], ["drafter, as it is chosen, has no structure; leave structure out"]),
         (["batch_size=true"], ["batch_size=True must be a whole number of at least 1"]),
-        (["seed=x"], ["seed=x must be a whole number"]),
-        (["baseline=perhaps"], ["baseline=perhaps must be true or false"]),
+        (["seed=x"], ["seed='x' must be a whole number from 0 to 2147483647"]),
+        (["seed=-1"], ["seed=-1 must be a whole number from 0"]),
+        (["seed=2147483647", "passes=2"], ["seed=2147483647 must be a whole number from 0 to 2147483646"]),
+        (["baseline=perhaps"], ["baseline='perhaps' must be true or false"]),
         (["sampling.temperature=hot"], ["sampling.temperature='hot' must be a number"]),
-        (["drafter.num_draft_tokens=many"], ["'num_draft_tokens': 'many'"]),
+        (["drafter.num_draft_tokens=many"], ["drafter.num_draft_tokens='many' must be a whole number"]),
+        (["drafter=suffix", "drafter.tree=no"], ["drafter.tree='no' must be true or false"]),
+        (["dataset.limit=many"], ["dataset.limit='many' must be a whole number or null"]),
         (["dataset=jsonl"], ["dataset.path has no value: give it one"]),
         (["dataset.tasks=[wrong]"], ["no task 'wrong'", "summarization"]),
         (["tracking=wandb", "tracking.mode=cloud"], ["'cloud'", "offline"]),
@@ -146,6 +158,18 @@ def test_a_typo_in_a_file_is_a_mistake_too(specdec: CommandLine) -> None:
         "max_new_token is not a key of the config", "max_new_tokens",
     )  # fmt: skip
     check_mistake(specdec("train", "target=toy", "tracking=none", "+steps=5"), "steps is not a key", "data, training")
+
+
+def test_a_drafter_that_is_not_trained(specdec: CommandLine) -> None:
+    words = "drafter=ngram is not trained; those that are: eagle, eagle3, hydra, medusa, small_model"
+    check_mistake(specdec("train", "debug=quick", "drafter=ngram"), words)
+
+
+def test_no_word_of_the_parser_reaches_the_user(specdec: CommandLine) -> None:
+    for wrong in ("run", "a.b=[", "+drafter.a", "a='b", "drafters=[ngram"):
+        done = specdec("debug=quick", wrong)
+        check_mistake(done, "is not KEY=VALUE: ")
+        assert not any(word in done.err for word in ("viable", "mismatched", "token recognition", "parsing", "Hydra"))
 
 
 def test_a_key_of_the_constructor_may_be_added(specdec: CommandLine) -> None:

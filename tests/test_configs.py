@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -184,6 +185,9 @@ def test_a_wrong_name_lists_what_exists(group: str) -> None:
         assert name in str(error.value)
 
 
+WORDS = ("yes", "no", "on", "off")  # which are texts, and so all true, to Python
+
+
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("overrides", "words"),
@@ -204,9 +208,29 @@ def test_a_wrong_name_lists_what_exists(group: str) -> None:
         (["sampling.top_p=1.01"], ["top_p", "1.01"]),
         (["batch_size=0"], ["batch_size=0"]),
         (["max_new_tokens=0"], ["max_new_tokens=0"]),
-        (["max_new_tokens=many"], ["max_new_tokens=many"]),
+        (["max_new_tokens=many"], ["max_new_tokens='many'"]),
         (["passes=0"], ["passes=0"]),
         (["target=llama"], ["target.checkpoint"]),
+        (["drafters=[ngram,suffix]"], ["drafters=", "use drafter=NAME"]),
+        (["experiment=demo"], ["drafters=", "use drafter=NAME"]),
+        *[
+            ([key], [key, "is for a run", "leave it out"])
+            for key in ("passes=2", "dataset=jsonl", "tracking.mode=offline")
+        ],
+        (["drafter.max_spec_factor=true"], ["drafter.max_spec_factor=True must be a number"]),
+        (["drafter.max_ngram=2.0"], ["drafter.max_ngram=2.0 must be a whole number"]),
+        (["drafter.max_ngram=null"], ["drafter.max_ngram=None must be a whole number"]),
+        (["drafter=suffix", "drafter.corpus=3"], ["drafter.corpus=3 must be a text", "or null"]),
+        *[
+            (["drafter=suffix", f"drafter.tree={word}"], [f"drafter.tree='{word}' must be true or false"])
+            for word in WORDS
+        ],
+        (["verifier=rrs", "verifier.replacement=1"], ["verifier.replacement=1 must be true or false"]),
+        (["drafter=hybrid", "drafter.first.max_ngram=x"], ["drafter.first.max_ngram='x' must be a whole number"]),
+        (
+            ["drafter=layer_skip", "structure@drafter.structure=dynamic", "drafter.structure.depth=x"],
+            ["drafter.structure.depth='x' must be a whole number"],
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence(overrides: list[str], words: list[str]) -> None:
@@ -215,6 +239,50 @@ def test_a_mistake_is_a_sentence(overrides: list[str], words: list[str]) -> None
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_types_are_those_of_the_annotations() -> None:
+    """A whole number is a number, null where there is None, other annotations are let be; a model built later is checked."""
+    assert (
+        build(OmegaConf.create({"_target_": "specdec.drafter.ngram.NGram", "max_spec_factor": 2}), "drafter").depth == 5
+    )
+    with pytest.raises(ValueError, match=r"^drafter\.model\.threads='x' must be a whole number or null$"):
+        build(compose_config(["drafter=small_model", "drafter.model.threads=x"]).drafter, "drafter")
+    assert build(compose_config(["drafter=layer_skip", "drafter.structure=[2,2]"]).drafter, "drafter").depth == 2
+    assert build(compose_config(["drafter=suffix", "drafter.corpus=null"]).drafter, "drafter").depth == 5
+
+
+def test_load_composes_what_generate_takes() -> None:
+    """The keys of the config are what generate and stream do where they are told nothing."""
+    words = "target=toy", "drafter=none", "sampling.temperature=1", "ignore_eos=true"
+    composed, usual = specdec.load(*words, "max_new_tokens=5", "seed=3"), specdec.load(*words)
+    answer = usual.generate("hi", 5, seed=3).tokens
+    assert composed.generate("hi").tokens == answer
+    assert [token for chunk in composed.stream("hi") for token in chunk.tokens] == answer[0]
+    assert len(usual.generate("hi", seed=1).tokens[0]) == compose_config([]).max_new_tokens
+    assert usual.generate("hi", 5, seed=1).tokens != answer
+    assert len(composed.generate("hi", 7, seed=0).tokens[0]) == 7  # told otherwise
+
+
+def test_load_composes_whether_answers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "target=toy", "drafter=none", "max_new_tokens=5"
+    for ignore in (True, False):
+        decoder = specdec.load(*words, f"ignore_eos={ignore}")
+        monkeypatch.setattr(decoder.tokenizer, "eos_token_id", decoder.generate("hi", 1).tokens[0][0])
+        assert len(decoder.generate("hi").tokens[0]) == (5 if ignore else 1)
+        assert len(decoder.generate("hi", ignore_eos=not ignore).tokens[0]) == (1 if ignore else 5)
+
+
+def test_a_decoder_by_itself_starts_from_the_values_of_the_config() -> None:
+    config, parameters = compose_config([]), inspect.signature(SpeculativeDecoder).parameters
+    for name in ("batch_size", "logprobs", "max_new_tokens", "seed", "ignore_eos"):
+        assert parameters[name].default == config[name], name
+
+
+def test_the_package_shows_what_it_offers() -> None:
+    command = "import specdec, sys; print('load' in dir(specdec), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "False"]
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -246,7 +314,7 @@ def test_pairs_are_checked_before_a_target_is_built(drafter: str, verifier: str,
     chosen = VARIANTS.get(drafter) or needed("drafter", drafter, tiny_llama, heads)
     overrides = [*chosen, f"verifier={verifier}", "target=toy"]
     if drafter in TREES and verifier in CHAINS_ONLY:
-        with pytest.raises(ValueError, match=r"judges chains only, and [A-Za-z]+ proposes trees"):
+        with pytest.raises(ValueError, match=r"judges chains only, and [a-z_]+ proposes trees"):
             specdec.load(*overrides)
     else:
         with pytest.raises(ValueError, match=r"^Toy is being built$"):
@@ -262,8 +330,26 @@ class Drawn(NoDraft):
 def test_a_law_that_is_not_offered_is_named() -> None:
     check_pair(Drawn(), RRS(replacement=True))
     check_pair(Drawn(), TargetOnly())
-    with pytest.raises(ValueError, match=r"RRS needs drafts of law 'distinct', and Drawn offers \['iid'\]"):
+    with pytest.raises(ValueError, match=r"rrs needs drafts of law 'distinct', and Drawn offers \['iid'\]") as error:
         check_pair(Drawn(), RRS(replacement=False))
+    assert offered(error.value) == ["block", "kseq", "speculative_sampling", "target_only"]  # traversal needs the same
+
+
+def offered(error: BaseException) -> list[str]:
+    """The verifiers that a sentence about a pair names."""
+    return str(error).rpartition("a verifier that fits: ")[2].split(", ")
+
+
+def test_the_verifiers_that_are_offered_fit() -> None:
+    """Lossless ones for a lossless one, and lossy ones for a lossy one."""
+    drafter = build(compose_config(["drafter=token_recycling"]).drafter, "drafter")
+    for chosen in sorted(CHAINS_ONLY):
+        verifier = build(compose_config([f"verifier={chosen}"]).verifier, "verifier")
+        with pytest.raises(ValueError, match=f"{chosen} judges chains only, and token_recycling") as error:
+            check_pair(drafter, verifier)
+        names = [name for name in NAMES["verifier"] if name not in CHAINS_ONLY]
+        others = {name: build(compose_config([f"verifier={name}"]).verifier, "verifier") for name in names}
+        assert offered(error.value) == [name for name in names if others[name].lossless == verifier.lossless]
 
 
 def test_the_command_line_says_it_in_one_sentence(tmp_path: Path) -> None:
@@ -274,7 +360,7 @@ def test_the_command_line_says_it_in_one_sentence(tmp_path: Path) -> None:
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "Block judges chains only, and TokenRecycling proposes trees" in done.stderr
+    assert "block judges chains only, and token_recycling proposes trees" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("**/trace.jsonl"))
@@ -322,16 +408,16 @@ def test_a_small_model_without_a_checkpoint_is_a_sentence() -> None:
 
 
 def test_a_small_model_from_its_config(toy: Toy) -> None:
-    config = compose_config(["drafter=small_model", "target@drafter.model=toy", "+drafter.model.vocab_size=300"])
+    config = compose_config(["drafter=small_model", "target@drafter.model=toy", "+drafter.model.vocab_size=16"])
     assert isinstance(config, DictConfig)
     assert OmegaConf.select(config, "drafter.model._partial_") is True
     drafter = build(config.drafter, "drafter")
     assert not isinstance(drafter.model, Toy)
-    with pytest.raises(ValueError, match="the draft model has 300 token ids, the target 260"):
+    with pytest.raises(ValueError, match="the draft model has 16 token ids, the target 260"):
         drafter.setup(toy, 1, 32, "any")
     kept = drafter.model
     assert isinstance(kept, Toy)
-    with pytest.raises(ValueError, match="300"):
+    with pytest.raises(ValueError, match="16 token ids"):
         drafter.setup(toy, 1, 32, "any")
     assert drafter.model is kept
 

@@ -66,16 +66,38 @@ def test_spec_bench_categories(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_of_other_shapes(tmp_path: Path) -> None:
+    """A prompt, as serving benchmarks have it, or a chat; the line's number and the file's name stand in for the rest."""
+    chat = [("system", "be brief"), ("user", "hi"), ("assistant", "no"), ("user", "bye")]
+    path = write_jsonl(
+        tmp_path / "math.jsonl",
+        {"prompt": "one", "output_tokens": 9},
+        "",
+        {"messages": [{"role": role, "content": content} for role, content in chat]},
+        {"prompt": "two", "turns": ["a", "b"], "category": "qa", "question_id": "x"},
+    )
+    assert Jsonl(path).load() == [
+        Conversation("1", "math", "math", "en", ["one"]),  # not MT-bench's category
+        Conversation("3", "math", "math", "en", ["hi", "bye"]),
+        Conversation("x", "qa", "qa", "en", ["a", "b"]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"turns": [', "line 2: not valid JSON"),
         ("[1]", "line 2: expected a JSON object, found list"),
-        ({"question_id": 2, "category": "qa"}, "line 2: the field turns is missing; it has category, question_id"),
-        ({"question_id": 2, "turns": ["x"]}, "line 2: the field category or task is missing"),
-        ({"category": "qa", "turns": ["x"]}, "line 2: the field question_id is missing"),
-        (record(2, "qa", "  "), "line 2: turns must be a list of one or more non-empty strings"),
-        ({"question_id": 2, "category": "qa", "turns": "x"}, "line 2: turns must be a list"),
+        (
+            {"question_id": 2, "category": "qa"},
+            "line 2: there is no turns, prompt, messages, one of which is needed; it has",
+        ),
+        (record(2, "qa", "  "), "line 2: turns must be a text, a list of texts or chat messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "line 2: messages must be .* with a user's, not"),
+        (
+            {"question_id": 2, "task": "all", "turns": "x"},
+            "the task of question 2 is called 'all', as is the row over all",
+        ),
         (record(1, "qa"), "question_id 1 more than once"),
     ],
 )
@@ -104,7 +126,7 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> N
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no prompt file"):
         Jsonl(tmp_path / "none.jsonl").load()
-    with pytest.raises(ValueError, match="no conversation left"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty: give it at least one"):
         Jsonl(write_jsonl(tmp_path / "empty.jsonl")).load()
     with pytest.raises(ValueError, match=r"whole-number question_ids, but .* has 'a1'"):
         Jsonl(write_jsonl(tmp_path / "a.jsonl", record(1, "qa") | {"question_id": "a1"}), half="odd").load()

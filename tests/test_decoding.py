@@ -183,6 +183,19 @@ def test_a_seed_reproduces_and_another_differs(toy: Toy) -> None:
     assert all(a != b for a, b in zip(runs[0], runs[2], strict=True))
 
 
+def test_every_bit_of_a_seed_counts(toy: Toy) -> None:
+    seeds = [0, *(1 << bit for bit in range(31)), 2**31 - 1]
+    texts = decoder(toy, NoDraft(), SAMPLED, 8).generate([PROMPTS[2]] * len(seeds), 8, seeds, ignore_eos=True).tokens
+    assert len({tuple(text) for text in texts}) == len(seeds)
+
+
+def test_samples_of_one_prompt_take_a_seed_each(toy: Toy) -> None:
+    """Noise is a function of seed and prompt: of one seed all are alike."""
+    loop, prompts = decoder(toy, sampling=SAMPLED, batch=4), [PROMPTS[2]] * 4
+    assert len({tuple(text) for text in loop.generate(prompts, 12, seed=5, ignore_eos=True).tokens}) == 1
+    assert len({tuple(text) for text in loop.generate(prompts, 12, seed=range(4), ignore_eos=True).tokens}) == 4
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 @pytest.mark.parametrize("drafter", [NoDraft, NGram])
 def test_output_does_not_depend_on_company(toy: Toy, sampling: SamplingParams, drafter: type[Drafter]) -> None:
@@ -321,7 +334,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"prompts": [torch.tensor([1, 2])]}, "a prompt is a Tensor: give a text"),
     ({"prompts": [{"role": "user"}]}, "messages with role and content"),
     ({"prompts": [1] * 4090}, "need 4100 positions, the model has 4096: shorten"),
-    ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
+    ({"max_new_tokens": 1.5}, "max_new_tokens=1.5 must be a whole number of at least 1"),
+    ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number of at least 1"),
+    *[({"seed": s}, f"seed={s!r} must be a whole number from 0 to 2147483647") for s in ("a", 1.5, True, -1, 2**31)],
+    ({"prompts": ["a", "b"], "seed": [1, 2**32]}, "seed=4294967296 must be a whole number from 0 to 2147483647"),
     ({"stop": ["two"]}, "the stop string 'two' is 3 tokens, not 1: stop on a token id"),
     ({"stop": [999]}, "token id 999 is outside"),
     ({"prompts": ["a", "b"], "seed": [1, 2, 3]}, "3 seeds for 2 prompts: give one"),
@@ -413,14 +430,22 @@ def test_of_a_prompt_that_was_read_the_last_tokens_are_offered(toy: Toy) -> None
         assert torch.equal(features, all_features[-3:])
 
 
+def test_a_decoder_says_what_it_is(toy: Toy) -> None:
+    said = repr(decoder(toy, NGram(), SAMPLED, 3))
+    assert said.startswith(
+        "SpeculativeDecoder(target=toy, drafter=ngram, verifier=target_only, temperature=2.0, batch_size=3"
+    )
+    assert "drafter=Offered" in repr(decoder(toy, Offered(True)))  # of no file of ours
+
+
 def test_a_decoder_that_cannot_be(toy: Toy) -> None:
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
         decoder(toy, batch=0)
-    with pytest.raises(ValueError, match="refill=0 must be at least 1"):
+    with pytest.raises(ValueError, match="refill=0 must be a whole number of at least 1"):
         SpeculativeDecoder(toy, NoDraft(), TargetOnly(), refill=0)
     tree = SmallModel(model=toy, structure=[2, 2])
     with pytest.raises(
-        ValueError, match=r"Block judges chains only, and SmallModel proposes trees \(6 drafts, depth 2\)"
+        ValueError, match=r"block judges chains only, and small_model proposes trees \(6 drafts, depth 2\)"
     ):
         decoder(toy, tree, verifier=Block())
     with pytest.raises(ValueError, match="the draft model has 16 token ids, the target 260; choose"):

@@ -62,7 +62,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for cell in ("one", "two"):
         shutil.copytree(folder / "runs" / "first", sweep / cell)
     cells = [
-        {"number": i, "cell": cell, "done": True, "settings": {"seed": i}} for i, cell in enumerate(("one", "two"))
+        {"number": i, "cell": cell, "done": True, "settings": {"drafter.num_draft_tokens": i}}
+        for i, cell in enumerate(("one", "two"))
     ]
     (sweep / CELLS).write_text("".join(json.dumps(cell) + "\n" for cell in cells))
     return folder

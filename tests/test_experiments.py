@@ -338,3 +338,35 @@ def test_maverick_shard_measures_and_projects(tmp_path: Path) -> None:
 def test_gpu_mistakes_are_said(script: str, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         importlib.import_module(script).main(arguments)
+
+
+# ---- exchange --------------------------------------------------------------------------------------------------------
+
+exchange = importlib.import_module("exchange")
+
+
+def test_exchange_needs_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="finds no GPU"):
+        exchange.main([f"results={tmp_path}"])
+    with pytest.raises(SystemExit, match="turns"):
+        exchange.main(["turns=3"])
+
+
+def test_exchange_table(tmp_path: Path) -> None:
+    """What an exchange adds to a round, by way and place."""
+    setup = {"hidden": 5120, "rounds": 16, "repeats": 3, "tokens": [1, 4], "world": 2, "on_streams": False}
+    rows = [
+        {
+            "place": place, "tokens": m, "way": way, "bytes": m * 10240, "fastest": 1.0,
+            "us": {"median": 3.0 + m + us, "p10": 2.0, "p90": 9.0},
+        }
+        for place in exchange.PLACES for m in (1, 4) for way, us in (("no exchange", 0.0), ("NCCL", 20.0), ("direct", 1.5))
+    ]  # fmt: skip
+    document = {"setup": setup, "sessions": [bench.session("experiments/exchange.py", [])], "rows": rows}
+    (tmp_path / "exchange.json").write_text(json.dumps(document))
+    exchange.main(["--render", f"results={tmp_path}"])
+    text = (tmp_path / "exchange.md").read_text()
+    assert text.count("| 20.0 | 1.5 |") == 4
+    assert "| 4 | 41 |" in text
+    assert "2 ranks, GPUs" in text

@@ -45,7 +45,8 @@ class Random(Llama):
 
     def __init__(self, config: ModelConfig, dtype: str, quantized: bool, backend: str = "native") -> None:
         tensors = random_tensors(config, 0, 3.0, DTYPES[dtype], quantized)
-        self._build(config, tensors, dtype, DEVICE, backend, 32, None, quantized=quantized)
+        self._build(config, tensors, dtype, DEVICE, backend, None, None, quantized=quantized)
+        self.prefill_chunk = 32
 
 
 def make(name: str) -> Random:
@@ -109,6 +110,22 @@ def test_prompts_that_share_a_forward(name: str) -> None:
     for row, length in enumerate(lengths):
         assert torch.equal(first[row], logits[length - 1]), length
         assert torch.equal(following[row], logits[length : length + 4]), length
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_short_prompts_in_graphs(name: str) -> None:
+    """Alone in a forward, padded and as a graph, in whatever order: the same bits."""
+    target, (text, logits) = shared(name), known(name)
+    try:
+        target.prefill_chunk = 256
+        for length in (33, 200, 1, 32, 64, 200):
+            found = start(target, [text[:length]], 4)[0]
+            assert torch.equal(found, logits[length - 1]), length
+            following = target.verify(chain(text[None, length : length + 4])).logits[0]
+            assert torch.equal(following, logits[length : length + 4]), length
+    finally:
+        target.prefill_chunk = 32
 
 
 @pytest.mark.parametrize("name", CONFIGS)

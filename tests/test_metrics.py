@@ -42,8 +42,6 @@ def test_acceptance_length_leaves_out_steps_cut_short_and_averages_tasks(tmp_pat
     assert at(tau, "d", "chat")["tau"] == pytest.approx(7 / 3)
     assert at(tau, "d", "all")["tau"] == pytest.approx((7 / 3 + 2) / 2)
     assert at(tau, "d", "all")["tau_pooled"] == pytest.approx(15 / 7)
-    assert np.isnan(at(tau, "d", "code")["tau_low"])  # one request has no spread
-    assert np.isnan(at(tau, "d", "all")["tau_low"])
 
 
 def test_acceptance_rate_is_conditional_on_the_position_being_reached(tmp_path: Path) -> None:
@@ -52,6 +50,32 @@ def test_acceptance_rate_is_conditional_on_the_position_being_reached(tmp_path: 
     assert table["reached"].tolist() == [3, 1]  # step 3 accepted all it had; step 4 had nothing
     assert table["rate"].tolist() == pytest.approx([2 / 3, 1])
     assert table["survival"].tolist() == pytest.approx([2 / 4, 1 / 4])
+    assert table["acceptance_rate"].tolist() == pytest.approx([2 / 3, 1 / 3])  # of three drafts; step 4 made none
+
+
+def test_the_acceptance_rate_is_accepted_over_drafted_tokens(tmp_path: Path) -> None:
+    """Of a tree every node counts as drafted, at any depth, and tasks are pooled."""
+    trace = [row("d", 0, [2, 0], 2, num_nodes=[3, 7]), row("d", 1, [1], 2, task="code"), row("none", 0, [0], 0)]
+    table = metrics.summary(load(tmp_path, trace))
+    assert at(table, "d", "chat")["acceptance_rate"] == pytest.approx(2 / 8)
+    assert at(table, "d", "all")["acceptance_rate"] == pytest.approx(3 / 10)
+    assert np.isnan(at(table, "none", "all")["acceptance_rate"])
+
+
+@pytest.mark.parametrize("name", ["tau", "speedup"])
+def test_an_interval_needs_six_requests(tmp_path: Path, name: str) -> None:
+    """Also where tasks hold fewer each and six together; a task of one request has no spread to resample."""
+    sizes = {"few": 5, "more": 6, "single": 1}
+    trace = []
+    for task, size in sizes.items():
+        for request in range(size):
+            trace.append(row("none", len(trace), [0] * 4, 0, task=task))
+            trace.append(row("d", trace[-1]["request"], [request % 3, 1], 2, task=task))
+    known = lambda trace, task: not np.isnan(at(metrics.summary(load(tmp_path, trace)), "d", task)[f"{name}_low"])  # noqa: E731
+    assert [known(trace, task) for task in sizes] == [False, True, False]
+    assert known(trace, "all") == (name == "speedup")  # which pools the requests; tau averages the tasks
+    assert known([one for one in trace if one["task"] != "single"], "all")
+    assert not known([one for one in trace if one["task"] == "few"], "all")
 
 
 def test_speedup_pools_the_requests_both_have(tmp_path: Path) -> None:
@@ -82,7 +106,7 @@ def test_the_baseline_has_the_same_verifier_and_run(tmp_path: Path) -> None:
 
 
 def test_a_run_on_a_shared_machine_reports_no_speed(tmp_path: Path) -> None:
-    frame = load(tmp_path, rows(2, 15)).assign(concurrent=True)
+    frame = load(tmp_path, rows(6, 15)).assign(concurrent=True)
     quiet = frame.assign(run="quiet", concurrent=False)
     table = metrics.summary(pd.concat([frame, quiet], ignore_index=True)).set_index("run")
     assert table.loc[tmp_path.name, ["tokens_per_second", "speedup", "speedup_low"]].isna().all(axis=None)
@@ -166,6 +190,15 @@ def test_a_damaged_trace_is_refused(tmp_path: Path, text: str, message: str) -> 
         metrics.load_trace(tmp_path)
 
 
+def test_a_run_that_is_not_there_and_a_table_that_is_no_trace_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no .*none/trace\.jsonl: name a run folder"):
+        metrics.load_trace(tmp_path / "none")
+    table = metrics.summary(load(tmp_path, [row("d", 0, [1], 1)]))
+    for wrong in (metrics.steps, metrics.summary):
+        with pytest.raises(ValueError, match=r"no trace, it lacks request: .* not a summary"):
+            wrong(table)
+
+
 def test_impossible_steps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="differ in their number"):
         metrics.steps(load(tmp_path, [row("d", 0, [1, 1], 1, verify_seconds=[0.1])]))
@@ -175,7 +208,7 @@ def test_impossible_steps_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_show_every_number_whole(tmp_path: Path, width: int) -> None:
-    trace = rows(3, 20)
+    trace = rows(6, 20)
     for one in trace:
         if one["drafter"] == "draft_model":
             one.update(drafter="a_drafter_of_long_name", lossless=False)
@@ -189,7 +222,20 @@ def test_tables_show_every_number_whole(tmp_path: Path, width: int) -> None:
     ngram = at(table, "ngram", "code")
     assert f"{ngram['speedup']:.2f} [{ngram['speedup_low']:.2f}, {ngram['speedup_high']:.2f}]" in text
     assert f"{ngram['alpha_1']:.2f}".removeprefix("0") in text
-    assert "3/3" in text
+    assert "6/6" in text
+
+
+def test_no_table_of_rates_without_drafts(tmp_path: Path) -> None:
+    """And a note beside the summary is printed with it."""
+    for drafters, shown in ((("none",), 1), (("none", "ngram"), 2)):
+        table = metrics.summary(load(tmp_path, [row(name, 0, [0], 2 * (name != "none")) for name in drafters]))
+        assert len(report.tables(table, 80)) == shown
+    table.attrs["note"] = "Others were busy."
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print_summary(table, console)
+    text = " ".join(console.export_text().split())
+    assert "Others were busy." in text
+    assert report.POOLED in text
 
 
 def test_markdown_has_a_row_per_drafter_and_task(tmp_path: Path) -> None:
@@ -197,5 +243,7 @@ def test_markdown_has_a_row_per_drafter_and_task(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3 * 4
     assert len({line.count("|") for line in lines}) == 1
+    assert "all = mean over tasks" in text
+    assert "all = all drafts pooled" in text
     one_task = metrics.summary(load(tmp_path, [row("d", 0, [1], 1)]))
     assert "| all |" not in report.markdown(one_task)

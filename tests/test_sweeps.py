@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +12,7 @@ import pytest
 from command import LEFT, QUICK, CommandLine, contents
 from questions import write_questions
 
-from specdec import analysis, metrics
+from specdec import analysis, metrics, sweep
 from specdec.cli import LONGEST_NAME, cell_name
 from specdec.tracking.wandb import WandbTracker
 
@@ -88,7 +90,7 @@ def test_cells_side_by_side_report_no_speed(specdec: CommandLine) -> None:
     table = (specdec.folder / "runs/sweep/table.md").read_text()
     assert "| [suffix,ngram] | suffix |" in table
     assert "| [suffix] | suffix |" in table
-    assert "best" not in table
+    assert "fastest" not in table
     assert specdec("-m", *QUICK, "drafters=[suffix,ngram],[suffix]").out.count("is done already") == 2
 
 
@@ -120,17 +122,48 @@ def test_a_sweep_ends_with_one_table(specdec: CommandLine) -> None:
     numbers = ("tau", "speedup", "tokens_per_second")
     assert [ours[name] for name in numbers] == pytest.approx([own[name] for name in numbers])
     assert rows[2][3] == f"{own['tau']:.2f}"
-    assert rows[2][5].startswith(f"{own['speedup']:.2f} [")
+    assert rows[2][5] == f"{own['speedup']:.2f}"  # two requests give no interval
     drafted = results[results["drafter"] == "ngram"].reset_index()
-    assert [row[-1] for row in rows].index("best") == drafted["speedup"].idxmax()
-    assert [row[-1] for row in rows].count("best") == 1
-    assert sum(line.rstrip().endswith("best") for line in done.out.splitlines()) == 1
+    assert [row[-1] for row in rows].index("fastest") == drafted["speedup"].idxmax()
+    assert [row[-1] for row in rows].count("fastest") == 1
+    assert sum(line.rstrip().endswith(" fastest") for line in done.out.splitlines()) == 1
+    for text in (done.out, (folder / "table.md").read_text()):
+        assert sweep.DOUBT in " ".join(text.split())
     assert done.out.splitlines()[-1] == "sweep: runs/sweep/table.md, runs/sweep/results.csv"
     assert max(len(line) for line in done.out.splitlines() if "runs/" not in line) <= 80
     before = [(folder / name).read_bytes() for name in ("table.md", "results.csv")]
     again = specdec(*command)
     assert again.out.count("is done already") == 4
     assert [(folder / name).read_bytes() for name in ("table.md", "results.csv")] == before
+
+
+def test_the_best_is_beyond_doubt() -> None:
+    """Its interval lies above 1 and above every other lossless one's; where one is missing, nothing is beyond doubt."""
+
+    def marks(*rows: tuple[float, float, float], **columns: object) -> list[str]:
+        table = pd.DataFrame(rows, columns=["speedup_low", "speedup", "speedup_high"]).assign(
+            lossless=True, drafter="d"
+        )
+        return sweep._marks(table.assign(**columns), "none")
+
+    first, second, near, slow = (1.8, 2.0, 2.2), (1.1, 1.4, 1.7), (1.5, 1.7, 1.9), (0.8, 0.9, 1.0)
+    assert marks(second, first) == ["", "best"]
+    assert marks(first, near) == ["fastest", ""]
+    assert marks(first, (math.nan, 1.4, math.nan)) == ["fastest", ""]
+    assert marks((math.nan, 2.0, math.nan), second) == ["fastest", ""]
+    assert marks(slow, (0.7, 0.8, 0.85)) == ["fastest", ""]  # than the other, not than plain decoding
+    assert marks(first, near, lossless=[True, False]) == ["best", ""]
+    assert marks(first, second, lossless=False) == marks(first, second, drafter="none") == ["", ""]
+    assert marks(first) == [""]
+
+
+def test_a_busy_machine_is_told_beside_the_speeds(specdec: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "Other programs kept 40% of the processors busy"
+    for busy, times in ((0.4, 3), (0.0, 0)):  # after each cell, and after the table
+        monkeypatch.setattr("specdec.tracking.run_folder.busy_share", lambda busy=busy: busy)
+        done = specdec(*TWO, f"sweep_dir=busy{busy}")
+        assert " ".join(done.out.split()).count(said) == times
+        assert (said in (specdec.folder / f"busy{busy}/table.md").read_text()) == bool(times)
 
 
 def test_a_folder_of_two_sweeps_shows_the_last_one(specdec: CommandLine) -> None:
@@ -146,7 +179,7 @@ def test_a_folder_of_two_sweeps_shows_the_last_one(specdec: CommandLine) -> None
 def test_a_cell_that_fails_stops_neither_the_others_nor_the_table(specdec: CommandLine) -> None:
     done = specdec("-m", *QUICK, "drafter=token_recycling,ngram", "verifier=block")
     assert done.code == 2
-    assert "drafter=token_recycling,max_new_tokens=8,verifier=block: Block judges chains only" in done.err
+    assert "drafter=token_recycling,max_new_tokens=8,verifier=block: block judges chains only" in done.err
     assert "Traceback" not in done.err
     (finished,) = specdec.folder.glob("runs/sweep/*/DONE")
     assert "drafter=ngram" in finished.parent.name
@@ -178,10 +211,11 @@ def test_drafter_and_verifier_stand_in_the_label(specdec: CommandLine) -> None:
     assert header[:2] == ["drafters", "drafter"]
     labels = [f"{name} + {rule}" for rule in ("typical", "target_only") for name in ("ngram", "suffix")]
     assert [row[1] for row in rows] == [f"{label} (lossy)" if "typical" in label else label for label in labels]
-    assert "best" in (rows[2][-1], rows[3][-1])
+    assert [row[-1] for row in rows[:2]] == ["", ""]
+    assert "fastest" in (rows[2][-1], rows[3][-1])
     assert header[-3:-1] == ["nll", "nll excess"]
     for row in rows:  # too wide for 80 columns, and whole
-        assert "  ".join(row[2:4]) in done.out
+        assert re.search(rf"{row[2]} +{row[3]} ", done.out)
         assert row[-2] in done.out
     assert specdec("-m", *QUICK, "sweep_dir=one").code == 0
     header, *rows = markdown(specdec.folder / "one")

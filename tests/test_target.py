@@ -27,9 +27,11 @@ from parity import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdec.decoding.graph import slots
 from specdec.kernels.reference import FP8
 from specdec.nn import KVCache, ModelConfig
 from specdec.target import Target
+from specdec.target.backends import choose_device
 from specdec.target.llama import Llama
 from specdec.types import ModelInputs
 
@@ -83,6 +85,27 @@ def test_prompts_that_share_a_forward(saved: tuple[Path, Any]) -> None:
         assert error(output.features[row, : len(text)], plain_states(saved[1], text)[2]) < TOLERANCE
         assert not output.features[row, len(text) :].any()
     check_verify(target, saved[1], [kept, *texts], random_tree(5, 2))
+
+
+@torch.no_grad()
+def test_short_prompts_are_padded(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU reads them, there by graphs: of every width, longer ones chunk by chunk behind shorter ones."""
+    monkeypatch.setattr("specdec.target.prompts.WIDTHS", (8, 16))
+    monkeypatch.setattr("specdec.target.llama.WIDTHS", (8, 16))
+    target = Llama(saved[0], dtype="float32", device="cpu", backend="torch")
+    target.shares_prompts = True
+    texts = [random_text(length, length) for length in (9, 16, 8, 40, 3)]
+    start(target, [[]] * 5, [1])
+    for row, text in enumerate(texts):
+        target.prefill_shared = 1  # each by itself
+        output = prefill(target, [text if i == row else [] for i in range(5)])
+        assert error(output.logits[row, 0], plain_logits(saved[1], text)[-1]) < TOLERANCE
+        assert error(output.features[row, : len(text)], plain_states(saved[1], text)[2]) < TOLERANCE
+    assert target._prompts is not None
+    assert sorted(target._prompts._graphs) == [(8, (1,)), (16, (1,))]
+    held = target._prompts.cache
+    assert all(thing is not held for thing, _ in slots([target])), "a step's graph would take it for its own"
+    check_verify(target, saved[1], texts, random_tree(5, 2))
 
 
 def test_attributes(target: Llama, saved: tuple[Path, Any]) -> None:
@@ -201,11 +224,34 @@ def test_unsupported_models(folder: Path, changes: dict[str, Any], message: str)
         ({"dtype": "int8"}, "target.dtype=int8 is unknown; choose one of float32, bfloat16"),
         ({"backend": "cuda"}, "target.backend=cuda is unknown"),
         ({"prefill_chunk": 0}, "target.prefill_chunk=0"),
+        ({"threads": 0}, "target.threads=0 must be at least 1"),
+        *[
+            ({"device": name}, f"target.device={name} is unknown; choose auto")
+            for name in ("mps", "gpu", "cuda:x", "cpu:1")
+        ],
     ],
 )
 def test_bad_options(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Llama(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "message"),
+    [(0, "cuda", "finds no GPU: use target.device=cpu"), (2, "cuda:2", "torch finds 2 GPUs, the first being cuda:0")],
+)
+def test_a_gpu_that_is_not_there(found: int, device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    with pytest.raises(ValueError, match=f"target.device={device}, but .*{message}"):
+        choose_device(device)
+    if found:
+        assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+            "cuda",
+            "cuda",
+            "cuda:1",
+            "cpu",
+        ]
 
 
 def test_native_refuses_shapes_it_cannot_compute(tmp_path: Path) -> None:

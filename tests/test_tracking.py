@@ -16,13 +16,17 @@ from typing import Any
 import pandas as pd
 import pytest
 import wandb
+from command import QUICK, CommandLine, check_mistake
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from synthetic_trace import row, rows
 
 from specdec import metrics
+from specdec.data import Prompts
+from specdec.target.toy import Toy
 from specdec.tracking import NoTracking, run_folder
-from specdec.tracking.environment import busy_share, command, environment, git_state
+from specdec.tracking import wandb as copy
+from specdec.tracking.environment import busy_note, busy_share, command, environment, git_state
 from specdec.tracking.run_folder import RunError, RunFolder, derive
 from specdec.tracking.wandb import WandbTracker, has_api_key
 
@@ -89,7 +93,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         "for request in range(10**6): run.append(row('d', request, [1] * 50, 1))\n"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
-    environ = {**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parents[1])}
+    environ = {**os.environ, "PYTHONPATH": str(Path(run_folder.__file__).parents[2])}
     process = subprocess.Popen(arguments, env=environ)
     trace = tmp_path / "trace.jsonl"
     deadline = time.monotonic() + 60
@@ -195,6 +199,86 @@ def test_a_busy_machine_is_told_from_an_idle_one(tmp_path: Path, monkeypatch: py
         assert facts["busy"] == busy
         heading = run_folder._heading(folder, facts)
         assert ("Other programs kept 40% of the processors busy" in heading) == said
+    assert "40%" in busy_note({"busy": 0.3}, {"busy": None, "resumed": [{"busy": 0.4}]})
+    assert busy_note() == ""
+
+
+def test_what_the_speeds_suffered_goes_with_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "busy_share", lambda: 0.4)
+    assert "40% of the processors busy" in derive(finished_run(tmp_path / "run")).attrs["note"]
+
+
+def test_a_picture_that_fails_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise ValueError("cannot convert float NaN to integer")
+
+    monkeypatch.setattr(run_folder, "picture", fail)
+    with pytest.warns(UserWarning, match="complete but for its picture.*float NaN"):
+        run = finished_run(tmp_path / "run")
+    assert (run / "DONE").exists()
+    assert (run / "table.md").exists()
+
+
+def test_a_run_without_a_decode_step_is_finished(tmp_path: Path) -> None:
+    """Every answer ended with its prefill: max_new_tokens=1, or a stop at once."""
+    with RunFolder(tmp_path / "run", CONFIG, []) as run:
+        for name in ("none", "d"):
+            run.append(row(name, 0, [], 2))
+        run.finish()
+    assert {*DERIVED, "DONE"} <= {path.name for path in run.path.iterdir()}
+
+
+def test_what_was_said_is_there_to_read_once(specdec: CommandLine) -> None:
+    """A line a row of the trace, as it is written; also when a kill came between both files or cut a line."""
+    assert specdec(*QUICK, "dataset.tasks=multi_turn", "dataset.limit=1", "run_dir=r").code == 0
+    output, trace = specdec.folder / "r/output.jsonl", specdec.folder / "r/trace.jsonl"
+    before = specdec.rows("r/output.jsonl")
+    assert [(one["drafter"], one["turn"]) for one in before] == [(d, t) for t in (0, 1) for d in ("none", "ngram")]
+    (conversation,) = Prompts(tasks="multi_turn", limit=1).load()
+    for one, measured in zip(before, specdec.rows("r/trace.jsonl"), strict=True):
+        assert one["prompt"] == conversation.turns[one["turn"]]
+        assert one["question_id"] == conversation.question_id
+        assert one["text"] == Toy().tokenizer.decode(measured["tokens"], skip_special_tokens=True)
+        assert one["num_tokens"] == len(measured["tokens"]) == 8
+    for kept, lines in ((2, 3), (3, 1)):
+        trace.write_text("".join(trace.read_text().splitlines(True)[:kept]))
+        output.write_text("".join(output.read_text().splitlines(True)[:lines]) + '{"question')
+        (specdec.folder / "r/DONE").unlink()
+        assert specdec(*QUICK, "dataset.tasks=multi_turn", "dataset.limit=1", "run_dir=r").code == 0
+        assert specdec.rows("r/output.jsonl") == before
+
+
+def test_questions_that_changed_are_noticed(specdec: CommandLine) -> None:
+    """The file has the same path, so the config is the same; yet the trace speaks of other questions."""
+    command = [*QUICK, "dataset=jsonl", "dataset.path=questions.jsonl", "run_dir=r"]
+    Path("questions.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two", "task": "b"}\n')
+    assert specdec(*command).code == 0
+    (specdec.folder / "r/DONE").unlink()
+    Path("questions.jsonl").write_text('{"prompt": "one"}\n')
+    words = "r holds turn 0 of question 2", "no longer the dataset's question number 1", "another run_dir"
+    check_mistake(specdec(*command), *words)
+    assert len(specdec.rows("r/trace.jsonl")) == 4
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one with a name of ours in it; what an interrupted run left, be it before its first row, goes on."""
+    for name in ("config.yaml", "table.md", "notes"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(RunError, match=f"is no run folder, it holds {name} and no trace.*another run_dir"):
+            RunFolder(folder, CONFIG, [])
+        assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+    with pytest.raises(RunError, match="notes is a file: name a folder"):
+        RunFolder(tmp_path / "notes" / "notes", CONFIG, [])
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(RunError, match="empty or the current folder: name a folder"):
+        RunFolder("", CONFIG, [])
+    with RunFolder(tmp_path / "empty", CONFIG, []):
+        pass
+    with RunFolder("", {**CONFIG, "seed": 1}, []) as run:
+        assert run.finished() == set()
 
 
 def test_git_state_tells_a_changed_tree(tmp_path: Path) -> None:
@@ -236,6 +320,24 @@ def test_an_offline_copy_is_whole_and_silent(run: Path, capfd: pytest.CaptureFix
     assert list(Path(record).glob("run-*.wandb"))
     assert capfd.readouterr() == ("", "")
     assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_the_copy_has_a_number_for_every_method_and_task(tmp_path: Path) -> None:
+    """The rates that serving engines log among them, and nll where log-probabilities were kept."""
+    for name, kept in (("plain", {}), ("kept", {"logprobs": [-1.0]})):
+        with RunFolder(tmp_path / name, CONFIG, []) as run:
+            for one in (row("none", 0, [0], 0), row("d", 0, [2, 0], 4)):
+                run.append({**one, **kept})
+            run.finish()
+        (run.path / "results.png").unlink()
+        content = copy._content(run.path)
+        assert content["d/all/tau"] == 2
+        assert content["d/all/acceptance_rate"] == 2 / 8
+        assert [content[f"d/all/acceptance_rate/{i}"] for i in (1, 2, 3)] == [0.5, 0.5, 0]
+        assert "none/all/acceptance_rate" not in content
+        assert ("d/all/nll" in content, "d/all/nll_excess" in content) == (
+            (False,) * 2 if name == "plain" else (True,) * 2
+        )
 
 
 @pytest.mark.usefixtures("no_account")

@@ -568,7 +568,7 @@ def test_help_is_worth_reading(specdec: CommandLine) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["drafter=ngram"], ["training=ngram does not exist; there are eagle, eagle3"]),
+        (["drafter=ngram"], ["drafter=ngram is not trained; those that are: eagle, eagle3"]),
         (["training.loss=mse"], ["training.loss=mse", "kl, cross_entropy, text, acceptance, hybrid"]),
         (["training.steps=0"], ["training.steps=0 must be at least 1"]),
         (["training.steps=many"], ["training.steps=many must be a whole number"]),

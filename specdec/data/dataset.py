@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
-__all__ = ["Conversation", "Dataset"]
+__all__ = ["Conversation", "Dataset", "user_turns"]
+
+ALL = "all"  # what tables call the row over all tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,18 @@ class Dataset(ABC):
     def load(self) -> list[Conversation]:
         """The chosen conversations, in the source's order; ValueError when there are none or a filter fits nothing."""
         chosen = [replace(c, turns=c.turns[: self.turns]) for c in islice(self._chosen(), self.limit)]
+        if not chosen and self.tasks is None and self.half is None:
+            raise ValueError(f"{self} is empty: give it at least one conversation")
         if not chosen:
             raise ValueError(f"{self} has no conversation left: widen tasks={self.tasks} or half={self.half}")
         repeated = [qid for qid, count in Counter(c.question_id for c in chosen).items() if count > 1]
         if repeated:
             raise ValueError(f"{self} has question_id {repeated[0]} more than once: give every conversation its own")
+        if named := next((c for c in chosen if c.task == ALL), None):
+            raise ValueError(
+                f"{self}: the task of question {named.question_id} is called {ALL!r}, as is the row over all tasks: "
+                "rename it"
+            )
         return chosen
 
     def _chosen(self) -> Iterator[Conversation]:
@@ -86,3 +95,13 @@ class Dataset(ABC):
                 f"half={self.half} needs whole-number question_ids, but {self} has {conversation.question_id!r}"
             )
         return int(conversation.question_id)
+
+
+def user_turns(cell: object) -> list[str] | None:
+    """The user's turns in a prompt, a list of turns, or chat messages (role and content); None where there are none."""
+    items = [cell] if isinstance(cell, str) else cell
+    if not isinstance(items, list):
+        return None
+    if items and all(isinstance(item, Mapping) for item in items):
+        items = [item.get("content") for item in items if item.get("role") == "user"]
+    return items if items and all(isinstance(item, str) and item.strip() for item in items) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from specdec.data.dataset import Conversation, Dataset
+from specdec.data.dataset import Conversation, Dataset, user_turns
 
 __all__ = ["HuggingFace"]
 
@@ -51,7 +51,7 @@ class HuggingFace(Dataset):
             if column is not None and column not in rows.column_names:
                 raise ValueError(f"{self} has no column {column!r}; it has {', '.join(rows.column_names)}")
         for number, row in enumerate(rows):
-            turns = _turns(row[self.column])
+            turns = user_turns(row[self.column])
             if turns is None:
                 raise ValueError(
                     f"{self}, row {number}: column {self.column!r} must hold a text, a list of texts "
@@ -59,13 +59,3 @@ class HuggingFace(Dataset):
                 )
             task = self.task if self.task_column is None else str(row[self.task_column])
             yield Conversation(str(number), task, task, self.language, turns)
-
-
-def _turns(cell: object) -> list[str] | None:
-    """The user's turns in a cell, None where it holds none."""
-    items = [cell] if isinstance(cell, str) else cell
-    if not isinstance(items, list):
-        return None
-    if items and all(isinstance(item, Mapping) for item in items):
-        items = [item.get("content") for item in items if item.get("role") == "user"]
-    return items if items and all(isinstance(item, str) and item.strip() for item in items) else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.decoding.chat import Prompt, TextStream
 from specdec.decoding.graph import GraphedStep
-from specdec.decoding.params import SamplingParams, check_pair, needs_whole_logits
+from specdec.decoding.params import SamplingParams, check_pair, check_whole, config_name, needs_whole_logits
 from specdec.decoding.reader import StepReader, note_step, read_record
 from specdec.decoding.requests import Request, make_requests, stop_ids
 from specdec.decoding.state import DecodeState
@@ -41,24 +41,34 @@ class SpeculativeDecoder:
         use_graphs: bool = True,
         refill: int = 1,
         logprobs: bool = False,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        ignore_eos: bool = False,
     ) -> None:
-        """refill: rows that must have ended before waiting prompts begin: more of them share a forward, some wait longer.
+        """max_new_tokens, seed and ignore_eos are what `generate` and `stream` take where they are given none.
+
+        refill: rows that must have ended before waiting prompts begin: more of them share a forward, some wait longer.
 
         logprobs: keep what every emitted token's log-probability is under the target's own law (see `RequestTrace`).
         """
         check_pair(drafter, verifier)
-        if batch_size < 1 or refill < 1:
-            name, value = ("refill", refill) if batch_size >= 1 else ("batch_size", batch_size)
-            raise ValueError(f"{name}={value} must be at least 1")
+        check_whole("batch_size", batch_size, 1)
+        check_whole("refill", refill, 1)
         self.target, self.drafter, self.verifier = target, drafter, verifier
         self.sampling = sampling or SamplingParams()
         self.batch_size = batch_size
         self.use_graphs, self.refill, self.logprobs = use_graphs, refill, logprobs
+        self.max_new_tokens, self.seed, self.ignore_eos = max_new_tokens, seed, ignore_eos
         self.state: DecodeState | None = None
         self._lengths: Tensor | None = None  # the target's, as this decoder left them
         self.record: Tensor | None = None  # what the last step did, on the device
         self.marks = (0.0, 0.0, 0.0, 0.0)  # times at which its parts began and ended
         self._graphs: GraphedStep[tuple[Acceptance, Tensor]] = GraphedStep()
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}={config_name(getattr(self, name))}" for name in ("target", "drafter", "verifier"))
+        asked = f"batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}, seed={self.seed}"
+        return f"SpeculativeDecoder({parts}, temperature={self.sampling.temperature}, {asked})"
 
     @property
     def tokenizer(self) -> Any:
@@ -111,19 +121,20 @@ class SpeculativeDecoder:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 256,
-        seed: int | Sequence[int] = 0,
+        max_new_tokens: int | None = None,
+        seed: int | Sequence[int] | None = None,
         stop: Sequence[int | str] = (),
-        ignore_eos: bool = False,
+        ignore_eos: bool | None = None,
     ) -> GenerationResult:
         """Answer prompts: text (one user turn), chat messages, or token ids; one or a list of them.
 
-        More prompts than batch rows wait in a queue. `stop`: token ids, or strings that are one token, besides the
-        model's own. A seed (one for all, or one a prompt) gives the same tokens again, whatever shares the batch.
+        Where max_new_tokens, seed or ignore_eos is None the decoder's own holds. `stop`: token ids, or strings that are one
+        token, besides the model's own. More prompts than batch rows wait in a queue. Noise is a function of seed and prompt:
+        the same two give the same tokens again, whatever shares the batch, and samples of one prompt take a seed each, as in
+        generate([prompt] * 8, seed=range(8)).
         """
-        requests = make_requests(self.target, prompts, max_new_tokens, seed)
-        traces = [RequestTrace(len(request.ids)) for request in requests]
-        for _ in self._run(requests, traces, max_new_tokens, stop, ignore_eos):
+        requests, traces, new = self._requests(prompts, max_new_tokens, seed)
+        for _ in self._run(requests, traces, new, stop, ignore_eos):
             pass
         texts = [self._text(trace.tokens) for trace in traces]
         return GenerationResult([trace.tokens for trace in traces], texts, Trace(traces))
@@ -131,18 +142,25 @@ class SpeculativeDecoder:
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 256,
-        seed: int | Sequence[int] = 0,
+        max_new_tokens: int | None = None,
+        seed: int | Sequence[int] | None = None,
         stop: Sequence[int | str] = (),
-        ignore_eos: bool = False,
+        ignore_eos: bool | None = None,
     ) -> Iterator[Chunk]:
         """`generate`, a chunk at a time as steps emit tokens."""
-        requests = make_requests(self.target, prompts, max_new_tokens, seed)
-        traces = [RequestTrace(len(request.ids)) for request in requests]
+        requests, traces, new = self._requests(prompts, max_new_tokens, seed)
         texts = [TextStream(self.tokenizer) for _ in requests]
-        for index, step in self._run(requests, traces, max_new_tokens, stop, ignore_eos):
+        for index, step in self._run(requests, traces, new, stop, ignore_eos):
             text = texts[index].add(step.tokens, last=step.finish != "")
             yield Chunk(index, step.tokens, text, step.finish, step.logprobs)
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int | None, seed: int | Sequence[int] | None
+    ) -> tuple[list[Request], list[RequestTrace], int]:
+        """The requests with traces to fill, and how many tokens each may get."""
+        new = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        requests = make_requests(self.target, prompts, new, self.seed if seed is None else seed)
+        return requests, [RequestTrace(len(request.ids)) for request in requests], new
 
     def _text(self, tokens: list[int]) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -153,20 +171,21 @@ class SpeculativeDecoder:
         self,
         requests: list[Request],
         traces: list[RequestTrace],
-        max_new_tokens: int,
+        new: int,
         stop: Sequence[int | str],
-        ignore_eos: bool,
+        ignore_eos: bool | None,
     ) -> Iterator[tuple[int, RowStep]]:
         """Run all requests; yields (request, what it got) as steps are read."""
         nodes = self.drafter.num_draft_tokens + 1
         batch = min(self.batch_size, len(requests))
-        max_len = max(len(request.ids) for request in requests) + max_new_tokens
+        max_len = max(len(request.ids) for request in requests) + new
         device = self.target.lengths.device
         room = max_len + nodes if device.type == "cpu" else capacity(max_len + nodes)
         self.drafter.setup(self.target, batch, room, self.verifier.law)  # knows now which features it needs
         self.target.allocate(batch, max_len, nodes, self.drafter.features)
         sampling = self.sampling.tensors(batch, device)
-        state = DecodeState.empty(batch, room, stop_ids(self.target, stop, ignore_eos), sampling, self.logprobs)
+        stops = stop_ids(self.target, stop, self.ignore_eos if ignore_eos is None else ignore_eos)
+        state = DecodeState.empty(batch, room, stops, sampling, self.logprobs)
         self.state, self._lengths = state, self.target.lengths
         waiting = deque(requests)
         owner: list[int | None] = [None] * batch
@@ -178,7 +197,7 @@ class SpeculativeDecoder:
                 )
             free = [row for row in range(batch) if owner[row] is None]
             if waiting and len(free) >= min(self.refill, batch, len(waiting)):
-                yield from self._begin(waiting, free, owner, traces, max_new_tokens)
+                yield from self._begin(waiting, free, owner, traces, new)
                 reader.restart()
                 continue
             if all(index is None for index in owner):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.decoding.chat import Prompt, encode_all
+from specdec.decoding.params import check_seed, check_whole
 from specdec.target import Target
 
 __all__ = ["Request", "make_requests", "stop_ids"]
@@ -29,10 +30,11 @@ def make_requests(
     target: Target, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, seed: int | Sequence[int]
 ) -> list[Request]:
     """One request a prompt, in their order. ValueError for what cannot be answered."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    check_whole("max_new_tokens", max_new_tokens, 1)
     encoded = encode_all(target.tokenizer, prompts)
-    seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(encoded)
+    for one in seeds:
+        check_seed(one)
     if len(seeds) != len(encoded):
         raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: give one seed, or one a prompt")
     for ids in encoded:
@@ -64,8 +66,8 @@ def _check_ids(target: Target, ids: Sequence[int]) -> None:
 
 
 def _noise_seed(seed: int, ids: list[int]) -> int:
-    """Seed of a request's noise: differs between prompts, not between batches."""
-    return (seed << 32 ^ zlib.crc32(repr(ids).encode())) & 0x7FFFFFFFFFFFFFFF
+    """Seed of a request's noise, 63 bits: differs between prompts, not between batches."""
+    return int(seed) << 32 | zlib.crc32(repr(ids).encode())
 
 
 def _encode_stop(tokenizer: Any, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" is the GPU where there is one."""
+    """auto (the GPU where there is one), cpu, cuda, or cuda:N; ValueError for others, and for a GPU that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"target.device={device} is unknown; choose auto, cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"target.device={device}, but torch {torch.__version__} finds no GPU: use target.device=cpu")
-    return torch.device(device)
+    chosen = torch.device(device)
+    if (chosen.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ValueError(
+            f"target.device={device}, but torch finds {torch.cuda.device_count()} GPUs, the first being cuda:0"
+        )
+    return chosen
 
 
 def choose_backend(

@@ -14,9 +14,12 @@ from specdec.nn import KVCache, ModelConfig, Shard
 from specdec.target.backends import DTYPES, choose_backend, choose_device, choose_kv_dtype, open_mailbox, operations
 from specdec.target.loading import make_model, open_source, parse_shard
 from specdec.target.memory import check_cache
+from specdec.target.prompts import WIDTHS, PromptGraphs
 from specdec.target.ranks import RankError, join
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary, ascending
 from specdec.weights.checkpoint import Named
+
+LONG = 2048  # tokens of one prompt that a GPU reads in a forward: enough to fill it
 
 
 class Llama:
@@ -26,7 +29,9 @@ class Llama:
     number of tokens. quantize: "auto" as the checkpoint is, "fp8" while loading, "none" multiplied out. weights: "checkpoint",
     or "random" of the checkpoint's or a preset's sizes. Processes that torchrun started share one model; shard: "0/8" is the
     part of rank 0 of 8, by itself, and "0/1" the whole model in every process. kv_dtype: of the cache, "auto" or "fp8".
-    exchange: how ranks on GPUs add up, "direct" through one another's memory, "nccl", or "auto".
+    exchange: how ranks on GPUs add up, "direct" through one another's memory, "nccl", or "auto". prefill_chunk: tokens of
+    prompts that are read in one forward; None: of one prompt 2048 on a GPU and 256 on a CPU, of several together at most 256,
+    so that a prompt's bits do not depend on its company.
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class Llama:
         dtype: str = "bfloat16",
         device: str = "auto",
         backend: str = "auto",
-        prefill_chunk: int = 256,
+        prefill_chunk: int | None = None,
         threads: int | None = None,
         quantize: str = "auto",
         weights: str = "checkpoint",
@@ -61,7 +66,7 @@ class Llama:
         dtype: str,
         device: str,
         backend: str,
-        prefill_chunk: int,
+        prefill_chunk: int | None,
         threads: int | None,
         *,
         quantized: bool = False,
@@ -73,9 +78,13 @@ class Llama:
         """tensors None = random ones; shard None = this process's among those started together."""
         if dtype not in DTYPES:
             raise ValueError(f"target.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
-        if prefill_chunk < 1:
-            raise ValueError(f"target.prefill_chunk={prefill_chunk} must be at least 1")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(
+                f"target.prefill_chunk={prefill_chunk} must be at least 1, or null for what suits the device"
+            )
         if threads is not None:
+            if threads < 1:
+                raise ValueError(f"target.threads={threads} must be at least 1, or null for as many as torch finds")
             torch.set_num_threads(threads)
         self.config = config
         self.ranks = join() if shard is None else None
@@ -88,7 +97,9 @@ class Llama:
         self.graphable = self.device.type == "cuda"
         self.shares_prompts = self.graphable and self.backend == "native"  # else it shows in the bits or gains nothing
         self._kv_dtype = choose_kv_dtype(kv_dtype, DTYPES[dtype], self.backend, self.device)
-        self.prefill_chunk = prefill_chunk
+        usual = LONG if self.shares_prompts else WIDTHS[-1]
+        self.prefill_chunk = usual if prefill_chunk is None else prefill_chunk
+        self.prefill_shared = WIDTHS[-1] if prefill_chunk is None else prefill_chunk
         self._mailbox = open_mailbox(exchange, self.backend, self.device, self.ranks, config, DTYPES[dtype])
         model = make_model(config, tensors, DTYPES[dtype], self.device, quantized, self.shard, seed)
         self.embed = model.model.embed_tokens.weight.data
@@ -99,6 +110,7 @@ class Llama:
         self.tokenizer = None
         self.lengths = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.cache: KVCache | None = None
+        self._prompts: PromptGraphs | None = None
 
     @cached_property
     def lm_head(self) -> Tensor:
@@ -163,12 +175,12 @@ class Llama:
         return ModelOutput(self.model.logits(last)[:, None], features, self._vocabulary).whole()
 
     def _shares(self, sizes: Sequence[int]) -> list[list[int]]:
-        """Rows that are read in one forward: as many as fill prefill_chunk, padded to the longest of them."""
+        """Rows that are read in one forward: as many as fill prefill_shared, padded to the longest of them."""
         if not self.shares_prompts:
             return [[row] for row, length in enumerate(sizes) if length]
         shares: list[list[int]] = []
         for row in sorted((row for row, length in enumerate(sizes) if length), key=lambda row: sizes[row]):
-            if shares and (len(shares[-1]) + 1) * sizes[row] <= self.prefill_chunk:
+            if shares and (len(shares[-1]) + 1) * sizes[row] <= min(self.prefill_chunk, self.prefill_shared):
                 shares[-1].append(row)
             else:
                 shares.append([row])
@@ -177,6 +189,13 @@ class Llama:
     def _prefill_row(self, tokens: Tensor, row: int, length: int, features: Tensor | None) -> Tensor:
         """One prompt, chunk by chunk, into the cache and its features; the stream behind its last token [1, H]."""
         assert self.cache is not None
+        if self.shares_prompts and length <= min(self.prefill_chunk, WIDTHS[-1]) and self.ranks is None:
+            self._prompts = self._prompts or PromptGraphs(self.model, self.cache)
+            x, tapped = self._prompts.read(tokens[row : row + 1, :length], self.features)
+            self.cache.put([row], self._prompts.cache)
+            if features is not None and tapped is not None:
+                features[row, :length] = tapped
+            return x[-1:]
         cache = self.cache.row(row)
         for start in range(0, length, self.prefill_chunk):
             stop = min(start + self.prefill_chunk, length)

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+BUSY = 0.2  # share of the processors that others may use before a table says so
 PACKAGES = ["specdec-lab", "torch", "transformers", "tokenizers", "triton", "numba", "numpy"]
 CODE = Path(__file__).resolve().parents[1]
 
@@ -85,6 +86,15 @@ def busy_share(seconds: float = 0.1) -> float | None:
     sleep(seconds)
     idle, total = (b - a for a, b in zip(before, _ticks(stat), strict=True))
     return round(1 - idle / total, 2) if total else None
+
+
+def busy_note(*runs: Mapping[str, Any]) -> str:
+    """A sentence where other programs kept the machine busy as one of these runs began or went on; else nothing."""
+    parts = [part for run in runs for part in (run, *run.get("resumed", []))]
+    busy = max((part.get("busy") or 0.0 for part in parts), default=0.0)
+    if busy <= BUSY:
+        return ""
+    return f"Other programs kept {busy:.0%} of the processors busy when it began: speeds may be off."
 
 
 def _ticks(stat: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 config.yaml, environment.json    written before anything is measured
 trace.jsonl                      one line per finished request and method; the only source of numbers
+output.jsonl                     the same requests and what was said, to be read
 metrics.json, table.md, results.png, trace.parquet, DONE    derived from the above, at any time again
 """
 
@@ -14,7 +15,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from specdec import metrics, report
 from specdec.analysis import picture
-from specdec.tracking.environment import busy_share, environment
+from specdec.tracking.environment import busy_note, busy_share, environment
 
 Key = tuple[str, str, int, int, int]  # drafter, verifier, request, turn, pass
 FULL = (errno.ENOSPC, errno.EDQUOT)
-BUSY = 0.2  # share of the processors that others may use before a run's table says so
+UNDRAWABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)  # what a picture may end with
 
 
 class RunError(RuntimeError):
@@ -39,8 +40,9 @@ class RunError(RuntimeError):
 class RunFolder:
     """An open run folder. Creates it, or goes on with one of the same config; a context manager.
 
-    `ignore` names top-level config keys that may differ between the parts of an interrupted run. RunError: the config
-    differs, another process writes there, the disk refuses. ValueError: the trace is damaged before its last line.
+    `ignore` names top-level config keys that may differ between the parts of an interrupted run. RunError: the folder
+    holds other things, the config differs, another process writes there, the disk refuses. ValueError: the trace is
+    damaged before its last line.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class RunFolder:
         self.path = Path(path)
         argv = sys.argv if argv is None else argv
         with self._disk("nothing was measured yet"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
             self._trace = open(self.path / "trace.jsonl", "ab", buffering=0)  # noqa: SIM115  closed by close()
         try:
             self._lock()
@@ -100,6 +102,15 @@ class RunFolder:
                 raise
         self._keys.add(key)
 
+    def write_answers(self, answers: Iterable[Mapping[str, Any]], anew: bool = False) -> None:
+        """Add lines to output.jsonl; `anew`: in place of those there. RunError when the disk refuses."""
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+        with (
+            self._disk(f"{len(self._keys)} finished rows are kept in trace.jsonl"),
+            open(self.path / "output.jsonl", "w" if anew else "a", encoding="utf-8") as file,
+        ):
+            file.writelines(lines)
+
     def finish(self) -> pd.DataFrame:
         """Derive everything from the trace, then mark the run as done. Returns the summary."""
         with self._disk("every measurement is kept in trace.jsonl"):
@@ -113,6 +124,22 @@ class RunFolder:
         while rest:
             rest = rest[self._trace.write(rest) :]
         os.fsync(self._trace.fileno())
+
+    def _claim(self) -> None:
+        """Make the folder. RunError where it holds files, and none of them is the trace that every run begins with."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file: name a folder of the run's own, as in run_dir=runs/NAME")
+        if (self.path / "trace.jsonl").exists():
+            return
+        if self.path == Path():
+            raise RunError(
+                "run_dir is empty or the current folder: name a folder of the run's own, as in run_dir=runs/NAME"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        if found := next(self.path.iterdir(), None):
+            raise RunError(
+                f"{self.path} is no run folder, it holds {found.name} and no trace.jsonl: give another run_dir"
+            )
 
     def _lock(self) -> None:
         """One writer a folder; the lock dies with its process."""
@@ -170,7 +197,10 @@ class RunFolder:
 
 
 def derive(folder: str | Path) -> pd.DataFrame:
-    """Make metrics.json, table.md, trace.parquet and results.png of a run folder again. Returns the summary."""
+    """Make metrics.json, table.md, trace.parquet and results.png of a run folder again. Returns the summary.
+
+    Its attrs["note"] is what to say of the speeds beside it. Warns where no picture can be drawn.
+    """
     folder = Path(folder)
     frame = metrics.load_trace(folder)
     summary = metrics.summary(frame)
@@ -187,7 +217,11 @@ def derive(folder: str | Path) -> pd.DataFrame:
     unfinished = folder / "trace.parquet.part"
     frame.to_parquet(unfinished)
     unfinished.replace(folder / "trace.parquet")
-    picture(folder)
+    try:
+        picture(folder)
+    except UNDRAWABLE as error:
+        warnings.warn(f"{folder} is complete but for its picture, which could not be drawn: {error}", stacklevel=2)
+    summary.attrs["note"] = busy_note(environment)
     return summary
 
 
@@ -214,9 +248,7 @@ def _heading(folder: Path, environment: Mapping[str, Any]) -> str:
         hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
         lines += [f"{hardware}; torch {environment['versions']['torch']}; {code}; {environment['date']}", ""]
         lines += [f"`{environment['command']}`", ""]
-        parts = [environment, *environment.get("resumed", [])]
-        if (busy := max(part.get("busy") or 0.0 for part in parts)) > BUSY:
-            lines += [f"Other programs kept {busy:.0%} of the processors busy when it began: speeds may be off.", ""]
+        lines += [note, ""] if (note := busy_note(environment)) else []
     return "\n".join([*lines, ""])
 
 

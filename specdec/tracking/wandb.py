@@ -26,7 +26,14 @@ from omegaconf import OmegaConf
 from specdec import metrics
 
 Mode = Literal["auto", "online", "offline", "disabled"]
-FILES = ["config.yaml", "environment.json", "trace.jsonl", "train.jsonl", "metrics.json", "table.md", "results.png"]
+FILES = [
+    "config.yaml", "environment.json", "trace.jsonl", "output.jsonl", "train.jsonl", "metrics.json", "table.md",
+    "results.png",
+]  # fmt: skip
+SCALARS = [
+    "tau", "tau_low", "tau_high", "acceptance_rate", "tokens_per_second", "speedup", "speedup_low", "speedup_high",
+    "equal", "nll", "nll_low", "nll_high", "nll_excess", "nll_excess_low", "nll_excess_high",
+]  # fmt: skip
 OUTAGE = (wandb.errors.Error, OSError, subprocess.SubprocessError)  # OSError: ConnectionError and TimeoutError too
 
 
@@ -168,26 +175,22 @@ def _curves(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """Scalars `drafter/task/name` for comparing runs, the two tables, a histogram per method, the picture."""
+    """Scalars `drafter/task/name` for comparing runs, the two tables, a histogram per method, the picture.
+
+    By position `drafter/task/acceptance_rate/1` and so on.
+    """
     result = json.loads((folder / "metrics.json").read_text())
-    summary = pd.DataFrame(result["summary"])
+    summary, positions = pd.DataFrame(result["summary"]), pd.DataFrame(result["acceptance_by_position"])
     content: dict[str, Any] = {
         "summary": wandb.Table(dataframe=summary),
-        "acceptance_by_position": wandb.Table(dataframe=pd.DataFrame(result["acceptance_by_position"])),
+        "acceptance_by_position": wandb.Table(dataframe=positions),
     }
     for label, row in zip(metrics.method_labels(summary), result["summary"], strict=True):
-        for name in (
-            "tau",
-            "tau_low",
-            "tau_high",
-            "tokens_per_second",
-            "speedup",
-            "speedup_low",
-            "speedup_high",
-            "equal",
-        ):
-            if row[name] is not None:
-                content[f"{label}/{row['task']}/{name}"] = row[name]
+        here = {name: row.get(name) for name in SCALARS}
+        for at in result["acceptance_by_position"]:
+            if all(at[name] == row[name] for name in [*metrics.METHOD, "task"]):
+                here[f"acceptance_rate/{at['position']}"] = at["acceptance_rate"]
+        content |= {f"{label}/{row['task']}/{name}": value for name, value in here.items() if value is not None}
     frame = metrics.load_trace(folder)
     for label, rows in frame.groupby(metrics.method_labels(frame), sort=False):
         content[f"{label}/num_accepted"] = wandb.Histogram(metrics.steps(rows)["num_accepted"].tolist())

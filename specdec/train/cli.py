@@ -18,6 +18,7 @@ from specdec import composition, report
 from specdec.experiment import Job
 from specdec.target import Target, ranks
 from specdec.target.backends import choose_device
+from specdec.target.llama import Llama
 from specdec.tracking.run_folder import RunFolder
 from specdec.train import shards
 from specdec.train.corpus import Corpus
@@ -30,6 +31,8 @@ from specdec.train.params import TrainingParams
 from specdec.train.session import Session, note, plain, wait
 from specdec.train.turns import DatasetText, Source
 from specdec.train.vocabulary import coverage, draft_vocabulary, special_tokens
+
+TOGETHER = 16384  # tokens of prompts that a GPU reads in a forward while it writes text
 
 
 def run(cfg: DictConfig, console: Console, folder: Path, volatile: Sequence[str]) -> float | None:
@@ -82,11 +85,17 @@ def _job(cfg: DictConfig, verifier: str) -> Job:
     return Job(conversations, cfg.max_new_tokens, cfg.seed, cfg.passes, cfg.ignore_eos, verifier)
 
 
+def _on_gpu(cfg: DictConfig) -> bool:
+    """Whether the target will be on a GPU, which wants more work at once than a CPU."""
+    return choose_device(cfg.target.get("device", "cpu")).type == "cuda"
+
+
 def _params(cfg: DictConfig) -> TrainingParams:
-    """The training group without what describes the head."""
+    """The training group without what describes the head; what is null by the device."""
     if cfg.storage not in STORAGE:
         raise ValueError(f"storage={cfg.storage} is unknown; choose one of {', '.join(STORAGE)}")
-    values = plain(cfg.training)
+    values, usual = plain(cfg.training), {"micro_batch": (8, 64), "chunk": (1024, 8192)}
+    values |= {key: sizes[_on_gpu(cfg)] for key, sizes in usual.items() if values[key] is None}
     return TrainingParams(**{key: values[key] for key in values if key not in ("head", "draft_vocab_size")})
 
 
@@ -109,6 +118,8 @@ def _target(cfg: DictConfig, group: ranks.Ranks | None) -> Target:
         device = group.place(choose_device(node.device))
         node = OmegaConf.merge(node, {"shard": "0/1", "device": str(device)})
     target: Target = composition.build(node, "target")
+    if isinstance(target, Llama) and node.get("prefill_chunk") is None:
+        target.prefill_shared = TOGETHER  # nobody asks for the bits of this text but with the same company
     return target
 
 
@@ -117,7 +128,7 @@ def _text(cfg: DictConfig, target: Target, source: Source, group: ranks.Ranks | 
     rank, world = (group.rank, group.world) if group else (0, 1)
     write_corpus(
         cfg.data.folder, target, source, cfg.data.tokens, composition.build(cfg.data.answers, "data.answers"),
-        batch_size=cfg.data.batch_size, rank=rank, world=world, console=console,
+        batch_size=cfg.data.batch_size or (64, 512)[_on_gpu(cfg)], rank=rank, world=world, console=console,
     )  # fmt: skip
     wait(group)
     corpus = Corpus(cfg.data.folder, cfg.data.heldout, cfg.data.tokens)

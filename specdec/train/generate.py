@@ -192,15 +192,13 @@ def _answers(
 
 def _distinct(turns: dict[int, str], dropped: Counter[str]) -> dict[int, int]:
     """Hash of every conversation's first turn, int64, case and spacing aside; of equals the first conversation stays."""
-    keys: dict[int, int] = {}
+    first: dict[int, int] = {}  # hash -> conversation
     for number, turn in turns.items():
         text = " ".join(turn.casefold().split())
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], signed=True)
-        if key in keys.values():
-            dropped["turn repeated"] += 1
-        else:
-            keys[number] = key
-    return keys
+        dropped["turn repeated"] += key in first
+        first.setdefault(key, number)
+    return {number: key for key, number in first.items()}
 
 
 def _message(role: str, content: str) -> Message:

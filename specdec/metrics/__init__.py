@@ -4,95 +4,54 @@ A trace row is one finished request under one method; a method is a (run, drafte
 Shapes: U requests (a conversation's turns and all passes of a request count as one), R resamples.
 
 Intervals are 95% percentile bootstrap intervals over requests. All methods of a run share the same draws, so a ratio to
-the baseline is resampled in pairs. Fewer than two requests have no interval (NaN).
+the baseline is resampled in pairs. Fewer than LEAST requests have no interval (NaN): a few draws of the same few requests
+leave the spread out.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from specdec.metrics.trace import ALL, KEY, METHOD, REQUIRED, STEP_COLUMNS, load_trace, read_rows, steps
+
+__all__ = [
+    "ALL",
+    "BASELINE",
+    "KEY",
+    "LEAST",
+    "METHOD",
+    "REQUIRED",
+    "RESAMPLES",
+    "STEP_COLUMNS",
+    "acceptance_by_position",
+    "acceptance_length",
+    "breakdown",
+    "load_trace",
+    "method_labels",
+    "nll",
+    "read_rows",
+    "shared_runs",
+    "speedup",
+    "steps",
+    "summary",
+]
+
 BASELINE = "none"
-ALL = "all"  # the row over all tasks
 RESAMPLES = 2000
-METHOD = ["run", "drafter", "verifier"]
+LEAST = 6  # requests of an interval
 UNIT = [*METHOD, "task", "request"]  # what is resampled
-KEY = ["drafter", "verifier", "request", "turn", "pass"]  # what makes a trace row unique in its run
-COUNT_COLUMNS = ["num_nodes", "draft_depth", "num_accepted", "num_emitted"]
-STEP_COLUMNS = [*COUNT_COLUMNS, "step_seconds", "propose_seconds", "verify_seconds", "accept_seconds"]
-REQUIRED = [*KEY, "task", "lossless", "equal_to_plain", *STEP_COLUMNS]
-
-
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Rows of a trace.jsonl and the bytes they fill; bytes behind that are a line a killed process left unfinished."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    rows = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove that line to go on") from error
-    return rows, whole
-
-
-def load_trace(run: str | Path) -> pd.DataFrame:
-    """One row per request and method of a run folder (or of a trace.jsonl), list columns per step, plus its `run`.
-
-    Warns when the last line was cut off. ValueError: nothing measured, a missing column, a row that stands twice.
-    """
-    path = Path(run)
-    path = path / "trace.jsonl" if path.is_dir() else path
-    rows, whole = read_rows(path)
-    if whole < path.stat().st_size:
-        warnings.warn(f"{path}: the last line was cut off and is left out; run the same command to go on", stacklevel=2)
-    if not rows:
-        raise ValueError(f"{path} holds no finished request; run the experiment first")
-    frame = pd.DataFrame(rows)
-    if missing := [column for column in REQUIRED if column not in frame]:
-        raise ValueError(f"{path} lacks {missing}; a trace row needs {REQUIRED}")
-    if twice := int(frame.duplicated(KEY).sum()):
-        raise ValueError(f"{path}: {twice} rows repeat an earlier {KEY}; keep one of each")
-    if (frame["task"] == ALL).any():
-        raise ValueError(f"{path}: a task is called {ALL!r}, the name of the row over all tasks; rename the task")
-    frame.insert(0, "run", path.parent.name)
-    return frame
-
-
-def steps(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per decode step: the method, task, request, turn, pass, step index and the step columns.
-
-    `whole` is False where a stop or the limit cut the step short (num_emitted < num_accepted + 1).
-    """
-    counts = frame["num_accepted"].map(len).to_numpy()
-    for column in STEP_COLUMNS:
-        if not np.array_equal(counts, frame[column].map(len)):
-            raise ValueError(f"{column} and num_accepted differ in their number of steps; the trace is damaged")
-    names = [*METHOD, "task", "request", "turn", "pass"]
-    long = frame[names].loc[frame.index.repeat(counts)].reset_index(drop=True)
-    long["step"] = np.arange(len(long)) - np.repeat(np.cumsum(counts) - counts, counts)
-    for column in STEP_COLUMNS:
-        dtype = np.int64 if column in COUNT_COLUMNS else np.float64
-        values = (np.nan if value is None else value for row in frame[column] for value in row)
-        long[column] = np.fromiter(values, dtype, counts.sum())
-    if (long["num_emitted"] > long["num_accepted"] + 1).any():
-        raise ValueError("a step emitted more than num_accepted + 1 tokens; the trace is damaged")
-    long["whole"] = long["num_emitted"] == long["num_accepted"] + 1
-    return long
 
 
 def _units(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Sums per method and request, beside the baseline's."""
     long = steps(frame)
     long["whole_tokens"] = (long["num_accepted"] + 1).where(long["whole"], 0)
-    sums = long.rename(columns={"whole": "whole_steps", "num_emitted": "emitted", "step_seconds": "seconds"})
-    sums = sums.groupby(UNIT, sort=False)[["whole_tokens", "whole_steps", "emitted", "seconds"]].sum()
+    long["drafted"] = long["num_nodes"] - 1
+    names = {"whole": "whole_steps", "num_emitted": "emitted", "num_accepted": "accepted", "step_seconds": "seconds"}
+    sums = long.rename(columns=names).groupby(UNIT, sort=False)[["whole_tokens", "drafted", *names.values()]].sum()
     everything = frame[UNIT].drop_duplicates()  # a request that ended with its prefill has no step, but is there
     sums = sums.reindex(pd.MultiIndex.from_frame(everything), fill_value=0).reset_index()
     return _beside_baseline(sums, ["emitted", "seconds"], baseline)
@@ -130,8 +89,8 @@ def _count(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _several(counts: pd.DataFrame) -> pd.Series:
-    """Whether a method has at least two requests with a count; one request says nothing about the spread."""
-    return counts.gt(0).sum().gt(1)
+    """Whether a method has enough requests with a count for an interval."""
+    return counts.gt(0).sum().ge(LEAST)
 
 
 def _interval(values: pd.DataFrame, several: pd.Series, name: str) -> pd.DataFrame:
@@ -149,23 +108,26 @@ def _collect(parts: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
 def acceptance_length(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """tau = mean of num_accepted + 1 over the steps not cut short, pooled over a task's requests; prefill left out.
 
-    The row "all" is the mean over tasks; `tau_pooled` weighs every step alike instead. Columns tau, tau_low, tau_high,
-    tau_pooled, indexed by METHOD + task. NaN where every step was cut short.
+    The row "all" is the mean over tasks, its interval needs two requests of each; `tau_pooled` weighs every step alike
+    instead. acceptance_rate = accepted / drafted tokens, pooled too. Columns tau, tau_low, tau_high, tau_pooled,
+    acceptance_rate, indexed by METHOD + task. NaN where every step was cut short, or nothing drafted.
     """
     parts: dict[tuple[str, str], pd.DataFrame] = {}
     tasks: dict[str, list[pd.DataFrame]] = {}
-    enough: dict[str, list[pd.Series]] = {}
+    requests: dict[str, list[pd.Series]] = {}
     for run, task, sums, wide in _resample(_units(frame, BASELINE), seed):
         tau = _count(sums, "whole_tokens") / _count(sums, "whole_steps")
         pooled = tau.iloc[0]
         if task == ALL:  # tasks are fixed: requests are resampled within each
             tau = pd.concat(tasks[run]).groupby(level=0).mean()
-            several = pd.concat(enough[run], axis=1).fillna(True).all(axis=1)
+            numbers = pd.concat(requests[run], axis=1)
+            several = numbers.min(axis=1).gt(1) & numbers.sum(axis=1).ge(LEAST)
         else:
             several = _several(_count(wide, "whole_steps"))
             tasks.setdefault(run, []).append(tau)
-            enough.setdefault(run, []).append(several)
-        parts[run, task] = _interval(tau, several, "tau").assign(tau_pooled=pooled)
+            requests.setdefault(run, []).append(_count(wide, "whole_steps").gt(0).sum())
+        rate = (_count(sums, "accepted") / _count(sums, "drafted")).iloc[0]
+        parts[run, task] = _interval(tau, several, "tau").assign(tau_pooled=pooled, acceptance_rate=rate)
     return _collect(parts)
 
 
@@ -217,23 +179,28 @@ def _with_all(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def acceptance_by_position(frame: pd.DataFrame) -> pd.DataFrame:
-    """Long frame METHOD, task, position i >= 1, reached, accepted, rate, survival, over all steps ("all": pooled).
+    """Long frame METHOD, task, position i >= 1 and the columns below, over all steps ("all": pooled).
 
-    rate alpha_i = P(accepted at depth i | depth i - 1 accepted and the draft was at least i deep);
-    survival s_i = P(num_accepted >= i), so a step without a draft counts against s_i but not against alpha_i.
+    rate alpha_i = accepted / reached = P(accepted at depth i | depth i - 1 accepted and the draft was at least i deep);
+    survival s_i = P(num_accepted >= i), so a step without a draft counts against s_i but not against alpha_i;
+    acceptance_rate = P(num_accepted >= i | something was drafted), which serving engines log by position.
     """
     long = _with_all(steps(frame))
     parts = []
     for position in range(1, int(long["draft_depth"].max() if len(long) else 0) + 1):
         reached = (long["num_accepted"] >= position - 1) & (long["draft_depth"] >= position)
         part = long.assign(reached=reached, accepted=long["num_accepted"] >= position, steps=1)
-        part = part.groupby([*METHOD, "task"], sort=False)[["reached", "accepted", "steps"]].sum().reset_index()
+        part["drafts"] = part["draft_depth"] > 0
+        part = (
+            part.groupby([*METHOD, "task"], sort=False)[["reached", "accepted", "steps", "drafts"]].sum().reset_index()
+        )
         parts.append(part[part["reached"] > 0].assign(position=position))
-    columns = [*METHOD, "task", "position", "reached", "accepted", "rate", "survival"]
+    columns = [*METHOD, "task", "position", "reached", "accepted", "rate", "survival", "acceptance_rate"]
     if not parts:
         return pd.DataFrame(columns=columns)
     table = pd.concat(parts, ignore_index=True)
-    table["rate"], table["survival"] = table["accepted"] / table["reached"], table["accepted"] / table["steps"]
+    for name, of in (("rate", "reached"), ("survival", "steps"), ("acceptance_rate", "drafts")):
+        table[name] = table["accepted"] / table[of]
     return table[columns]
 
 
@@ -270,12 +237,12 @@ def _equality(frame: pd.DataFrame) -> pd.DataFrame:
 def summary(frame: pd.DataFrame, baseline: str = BASELINE, seed: int = 0) -> pd.DataFrame:
     """Everything in one table, a row per method and task (and "all"), in the order of the trace.
 
-    Columns: METHOD, task, turns, tau, tau_low, tau_high, tau_pooled, alpha_1..k, tokens_per_second, speedup,
-    speedup_low, speedup_high, equal (share of requests equal to plain), requests_equal, requests_compared,
+    Columns: METHOD, task, turns, tau, tau_low, tau_high, tau_pooled, acceptance_rate, alpha_1..k, tokens_per_second,
+    speedup, speedup_low, speedup_high, equal (share of requests equal to plain), requests_equal, requests_compared,
     overhead (1 - verify share of the step time), lossless; and those of `nll` where a row has log-probabilities.
     """
-    counts = _equality(frame)
     by_position = acceptance_by_position(frame)
+    counts = _equality(frame)
     alphas = by_position.pivot(index=[*METHOD, "task"], columns="position", values="rate").add_prefix("alpha_")
     overhead = (1 - breakdown(frame)["verify"]).rename("overhead")
     parts = [acceptance_length(frame, seed), alphas, speedup(frame, baseline, seed)]
