@@ -114,22 +114,6 @@ def test_prompts_that_share_a_forward(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_short_prompts_in_graphs(name: str) -> None:
-    """Alone in a forward, padded and as a graph, in whatever order: the same bits."""
-    target, (text, logits) = shared(name), known(name)
-    try:
-        target.prefill_chunk = 256
-        for length in (33, 200, 1, 32, 64, 200):
-            found = start(target, [text[:length]], 4)[0]
-            assert torch.equal(found, logits[length - 1]), length
-            following = target.verify(chain(text[None, length : length + 4])).logits[0]
-            assert torch.equal(following, logits[length : length + 4]), length
-    finally:
-        target.prefill_chunk = 32
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@torch.inference_mode()
 def test_every_width_up_to_64(name: str) -> None:
     """Alone in the batch: every number of tokens, and with it every slot of a forward."""
     target, (text, logits) = shared(name), known(name)

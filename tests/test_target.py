@@ -27,7 +27,6 @@ from parity import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specdec.decoding.graph import slots
 from specdec.kernels.reference import FP8
 from specdec.nn import KVCache, ModelConfig
 from specdec.target import Target
@@ -85,27 +84,6 @@ def test_prompts_that_share_a_forward(saved: tuple[Path, Any]) -> None:
         assert error(output.features[row, : len(text)], plain_states(saved[1], text)[2]) < TOLERANCE
         assert not output.features[row, len(text) :].any()
     check_verify(target, saved[1], [kept, *texts], random_tree(5, 2))
-
-
-@torch.no_grad()
-def test_short_prompts_are_padded(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU reads them, there by graphs: of every width, longer ones chunk by chunk behind shorter ones."""
-    monkeypatch.setattr("specdec.target.prompts.WIDTHS", (8, 16))
-    monkeypatch.setattr("specdec.target.llama.WIDTHS", (8, 16))
-    target = Llama(saved[0], dtype="float32", device="cpu", backend="torch")
-    target.shares_prompts = True
-    texts = [random_text(length, length) for length in (9, 16, 8, 40, 3)]
-    start(target, [[]] * 5, [1])
-    for row, text in enumerate(texts):
-        target.prefill_shared = 1  # each by itself
-        output = prefill(target, [text if i == row else [] for i in range(5)])
-        assert error(output.logits[row, 0], plain_logits(saved[1], text)[-1]) < TOLERANCE
-        assert error(output.features[row, : len(text)], plain_states(saved[1], text)[2]) < TOLERANCE
-    assert target._prompts is not None
-    assert sorted(target._prompts._graphs) == [(8, (1,)), (16, (1,))]
-    held = target._prompts.cache
-    assert all(thing is not held for thing, _ in slots([target])), "a step's graph would take it for its own"
-    check_verify(target, saved[1], texts, random_tree(5, 2))
 
 
 def test_attributes(target: Llama, saved: tuple[Path, Any]) -> None:

@@ -14,12 +14,12 @@ from specdec.nn import KVCache, ModelConfig, Shard
 from specdec.target.backends import DTYPES, choose_backend, choose_device, choose_kv_dtype, open_mailbox, operations
 from specdec.target.loading import make_model, open_source, parse_shard
 from specdec.target.memory import check_cache
-from specdec.target.prompts import WIDTHS, PromptGraphs
 from specdec.target.ranks import RankError, join
 from specdec.types import Acceptance, DraftTree, ModelInputs, ModelOutput, Vocabulary, ascending
 from specdec.weights.checkpoint import Named
 
 LONG = 2048  # tokens of one prompt that a GPU reads in a forward: enough to fill it
+SHORT = 256  # what a CPU reads of one, and a GPU of several together, whose bits it keeps apart up to there
 
 
 class Llama:
@@ -97,9 +97,9 @@ class Llama:
         self.graphable = self.device.type == "cuda"
         self.shares_prompts = self.graphable and self.backend == "native"  # else it shows in the bits or gains nothing
         self._kv_dtype = choose_kv_dtype(kv_dtype, DTYPES[dtype], self.backend, self.device)
-        usual = LONG if self.shares_prompts else WIDTHS[-1]
+        usual = LONG if self.shares_prompts else SHORT
         self.prefill_chunk = usual if prefill_chunk is None else prefill_chunk
-        self.prefill_shared = WIDTHS[-1] if prefill_chunk is None else prefill_chunk
+        self.prefill_shared = SHORT if prefill_chunk is None else prefill_chunk
         self._mailbox = open_mailbox(exchange, self.backend, self.device, self.ranks, config, DTYPES[dtype])
         model = make_model(config, tensors, DTYPES[dtype], self.device, quantized, self.shard, seed)
         self.embed = model.model.embed_tokens.weight.data
@@ -110,7 +110,6 @@ class Llama:
         self.tokenizer = None
         self.lengths = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.cache: KVCache | None = None
-        self._prompts: PromptGraphs | None = None
 
     @cached_property
     def lm_head(self) -> Tensor:
@@ -189,13 +188,6 @@ class Llama:
     def _prefill_row(self, tokens: Tensor, row: int, length: int, features: Tensor | None) -> Tensor:
         """One prompt, chunk by chunk, into the cache and its features; the stream behind its last token [1, H]."""
         assert self.cache is not None
-        if self.shares_prompts and length <= min(self.prefill_chunk, WIDTHS[-1]) and self.ranks is None:
-            self._prompts = self._prompts or PromptGraphs(self.model, self.cache)
-            x, tapped = self._prompts.read(tokens[row : row + 1, :length], self.features)
-            self.cache.put([row], self._prompts.cache)
-            if features is not None and tapped is not None:
-                features[row, :length] = tapped
-            return x[-1:]
         cache = self.cache.row(row)
         for start in range(0, length, self.prefill_chunk):
             stop = min(start + self.prefill_chunk, length)
