@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from specdec.kernels.reference import Fp8Weight, Weight, quantize
 from specdec.types import ModelInputs
@@ -51,20 +50,18 @@ def swiglu(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_plain(q: Tensor, inputs: ModelInputs, chunk: int) -> bool:
-    """Whether `attention` takes this: half precision, no tree, a prefix that the host knows, all within one chunk."""
+    """Whether `attention` takes this: half precision, no tree, and nothing to be seen but this forward's own tokens."""
     begin, tokens = inputs.begin, inputs.tokens.shape[1]
     plain = q.dtype != torch.float32 and inputs.paths is None and inputs.offset == 0
-    return plain and begin is not None and (chunk == 0 or begin // chunk == (begin + tokens - 1) // chunk)
+    return plain and begin is not None and (begin % chunk == 0 and tokens <= chunk if chunk else begin == 0)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, inputs: ModelInputs, chunk: int) -> Tensor:
-    """Rotated, scaled queries [M, H*E] over the cache [B, G, C, E], which holds this forward's keys too -> [M, H*E]."""
-    (batch, tokens), size, begin = inputs.tokens.shape, keys.shape[3], inputs.begin
+def attention(q: Tensor, keys: Tensor, values: Tensor, inputs: ModelInputs) -> Tensor:
+    """Rotated, scaled queries [M, H*E] over the cache [B, G, C, E], which holds this forward's keys already -> [M, H*E]."""
+    (batch, tokens), begin = inputs.tokens.shape, inputs.begin
     assert begin is not None
-    oldest, end = begin // chunk * chunk if chunk else 0, begin + tokens
-    heads = q.view(batch, tokens, -1, size).transpose(1, 2)
-    k, v = (x[:, :, oldest:end].to(q.dtype) for x in (keys, values))
+    heads = q.view(batch, tokens, -1, keys.shape[3]).transpose(1, 2)
+    k, v = (x[:, :, begin : begin + tokens].to(q.dtype) for x in (keys, values))
     with sdpa_kernel(BACKENDS):
-        mask = causal_lower_right(tokens, end - oldest)
-        out = F.scaled_dot_product_attention(heads, k, v, mask, scale=1.0, enable_gqa=True)
+        out = F.scaled_dot_product_attention(heads, k, v, is_causal=True, scale=1.0, enable_gqa=True)
     return out.transpose(1, 2).reshape(q.shape)

@@ -147,7 +147,7 @@ class Ops:
             rotate(self, parts, where, rule, heads, groups)
         exact, rounded = m <= TOKENS_EXACT, isinstance(weight, Fp8Weight)
         if not exact and long.is_plain(queries, inputs, rule.chunk):
-            return long.attention(queries, keys, values, inputs, rule.chunk)
+            return long.attention(queries, keys, values, inputs)
         scale = static_scale(into) if exact else None
         largest = torch.empty((m, heads), device=x.device) if rounded and exact and scale is None else None
         out = attention(self, queries, keys, values, inputs, rule.chunk, largest, scale)

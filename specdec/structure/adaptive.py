@@ -31,7 +31,7 @@ class Adaptive(Chain):
     chance is above its cost in forwards of the target: a fifth or a quarter for a one-layer head and a small target.
     """
 
-    def __init__(self, num_draft_tokens: int = 8, min_probability: float = 0.3, rule: Rule = "path") -> None:
+    def __init__(self, num_draft_tokens: int = 5, min_probability: float = 0.3, rule: Rule = "path") -> None:
         if num_draft_tokens < 1 or not 0 <= min_probability <= 1:
             raise ValueError(
                 f"an adaptive chain of {num_draft_tokens=} and {min_probability=} has no sense: give at least one draft and a "
